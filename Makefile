@@ -1,0 +1,43 @@
+# GNU make; `make help` lists the targets. PYTHON=... picks the interpreter of a new environment.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+STAMP := $(VENV)/.stasc-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test export readme lab clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+env: $(STAMP) ## set up .venv with the versions of constraints.txt
+
+$(STAMP): setup.py settings.ini pyproject.toml constraints.txt
+	test -d $(BIN) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: env ## teach the embedded model on this computer: table and picture in runs/demo
+	$(BIN)/stasc demo --out runs/demo
+
+test: export HF_HUB_OFFLINE = 1
+test: env ## everything in step, every notebook runs, every test passes
+	$(BIN)/python .ci/check.py
+	$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest tests
+
+export: env ## clean the notebooks and write the modules from them
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	cp _quarto.yml nbs/_quarto.yml
+
+readme: env ## write README.md from nbs/index.ipynb
+	$(BIN)/python .ci/readme.py
+
+lab: env ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+clean: ## remove what builds and tests leave behind; runs/ and .venv stay
+	rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis
+	find stasc nbs tests .ci -name __pycache__ -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
