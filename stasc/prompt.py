@@ -6,6 +6,7 @@
 __all__ = ['PromptSet', 'prompt_set', 'initial_messages', 'correction_messages', 'render_text', 'render', 'Prompter']
 
 # %% ../nbs/03_prompt.ipynb #8565e70a
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -52,11 +53,10 @@ def _examples(name, d):
         yield e
 
 # %% ../nbs/03_prompt.ipynb #49161b3f
-import re
-
 def _fill(template: str, **values) -> str:
-    "Put values in place of `{name}` fields, once; values are not looked into."
-    return re.sub(r"\{(\w+)\}", lambda m: str(values[m[1]]) if m[1] in values else m[0], template)
+    "Put values in place of `{name}` fields, once; values are not looked into. A line with only an empty field vanishes."
+    put = lambda m: m[0] if m[1] not in values else values[m[1]] + m[2] if values[m[1]] else ""
+    return re.sub(r"\{(\w+)\}(\n?)", put, template)
 
 def _messages(part: dict, **values) -> list[dict]:
     "Chat messages of one prompt; an empty system text gives no system message."

@@ -122,7 +122,7 @@ def _open(self, cfg: Config,
         self._read_manifest()                                       # another process may have gone on since
         if (self/"manifest.jsonl").exists():
             with _said(self/"manifest.jsonl"): os.truncate(self/"manifest.jsonl", self._good)
-        self._check_same(cfg, fingerprint)
+        self.check_same(cfg, fingerprint)
         new = dict(config=cfg.to_dict(), data_fingerprint=fingerprint, versions=(self.config() or {}).get("versions") or _versions())
         if new != self.config(): self.write_json("config.json", new)
     except BaseException: self.close(); raise
@@ -155,15 +155,17 @@ def _config(self) -> dict|None:
     try: return json.loads(f.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise StoreError(f"{f} cannot be read ({e}); is {self.path} a run directory?") from None
 
-def _check_same(self, cfg, fingerprint):
+def _check_same(self, cfg,
+                fingerprint: str|None = None):  # None compares the settings alone
+    "Refuse if the directory holds a run with other settings or questions."
     there = self.config()
     if there is None: return
     diff = [f"{f.name}: {there['config'].get(f.name)!r} there, {getattr(cfg, f.name)!r} here" for f in fields(cfg)
             if not f.metadata["free"] and there["config"].get(f.name, f.default) != getattr(cfg, f.name)]
-    if there["data_fingerprint"] != fingerprint: diff.append("the questions are not the same")
+    if fingerprint and there["data_fingerprint"] != fingerprint: diff.append("the questions are not the same")
     if diff: raise StoreError(f"{self.path} holds a run with other settings ({'; '.join(diff)}); choose another directory, or resume that run as it is")
 
-RunDir.config, RunDir._check_same = _config, _check_same
+RunDir.config, RunDir.check_same = _config, _check_same
 
 # %% ../nbs/08_store.ipynb #b51df515
 def _record(self, name, **facts):

@@ -57,8 +57,9 @@ def fine_tune(lm,                           # `LM` after `start`
     with tempfile.TemporaryDirectory() as tmp:
         args = training_arguments(lm.cfg, lm.device, lm.dtype, seed, tmp)
         args._n_gpu = min(args.n_gpu, 1)                            # one process, one GPU
-        trainer = _quiet_trainer()(model=lm.model, args=args, train_dataset=list(examples), data_collator=lambda b: collate(b, lm.pad_id))
+        trainer = _trainer(model=lm.model, args=args, train_dataset=list(examples), data_collator=lambda b: collate(b, lm.pad_id))
         trainer.train()
+        trainer.accelerator.unwrap_model(lm.model, keep_fp32_wrapper=False)     # autocast is for training alone
         losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     if not losses or not all(map(math.isfinite, losses)):
         raise TrainError(f"the loss is not a number from step {_first_bad(losses)} on; lower learning_rate (now {lm.cfg.learning_rate:g}) or use dtype = 'float32'")
@@ -69,14 +70,12 @@ def fine_tune(lm,                           # `LM` after `start`
 def _first_bad(losses): return next((i + 1 for i, x in enumerate(losses) if not math.isfinite(x)), 1)
 
 # %% ../nbs/07_train.ipynb #4d9bb4a2
-def _quiet_trainer():
+def _trainer(**kw):
     "transformers' Trainer without the callback that prints every step."
     from transformers import PrinterCallback, Trainer
-    class Quiet(Trainer):
-        def __init__(self, *args, **kw):
-            super().__init__(*args, **kw)
-            self.remove_callback(PrinterCallback)
-    return Quiet
+    trainer = Trainer(**kw)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 # %% ../nbs/07_train.ipynb #b8b57740
 class Engine:
