@@ -163,6 +163,7 @@ class Config:
     dtype: str = opt("auto", "number format of the base", choices=("auto", "float32", "bfloat16", "float16"))
     trust_remote_code: bool = opt(False, "run Python code that comes with the model")
     # run directory
+    keep_models: int = opt(0, "with full fine-tuning, how many models to keep on disk; 0 keeps all", 0, free=True)
     part_size: int = opt(128, "questions per file: what a killed run may lose", 1)
 
     def __post_init__(self): _validate(self)
@@ -242,9 +243,8 @@ Config.from_file = classmethod(lambda cls, path: cls.from_dict(read_mapping(path
 # %% ../nbs/00_core.ipynb #f02e6a88
 def _paper(cls, model: str = "Qwen/Qwen2.5-1.5B-Instruct", **changes) -> "Config":
     "The paper's settings for a model; N_init is 1 for Phi-3 and 5 otherwise (Section 4.1)."
-    base = dict(model=model, data="nq", n_init=1 if "phi-3" in model.lower() else 5, n_corr=5, finetune="full")
-    base |= changes
-    if base["finetune"] == "full": base.setdefault("learning_rate", 7e-6)
+    base = dict(model=model, data="nq", n_init=1 if "phi-3" in model.lower() else 5, n_corr=5, finetune="full") | changes
+    if base["finetune"] == "full": base = dict(learning_rate=7e-6, keep_models=1) | base
     return cls.from_dict(base)
 
 def _released_code(cls, model: str = "Qwen/Qwen2.5-1.5B-Instruct", **changes) -> "Config":
@@ -258,7 +258,7 @@ def _demo(cls, **changes) -> "Config":
     "The embedded model on three-digit addition, five iterations on a CPU."
     base = dict(model="embedded", data="arithmetic", shots=0, reward="exact_match", iterations=5,
                 n_init=2, n_corr=4, n_train=400, n_test=300, temperature=0.7, top_p=1.0, max_new_tokens=64,
-                sample_batch=512, learning_rate=1e-3, train_batch=16)
+                sample_batch=512, learning_rate=5e-4, train_batch=16)
     if changes.get("finetune") == "full": base["learning_rate"] = 1e-4
     return cls.from_dict(base | changes)
 

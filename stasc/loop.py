@@ -6,7 +6,7 @@
 __all__ = ['split_metrics', 'Iteration', 'Progress', 'LiveCurves', 'STaSC', 'default_out']
 
 # %% ../nbs/09_loop.ipynb #c5829c36
-import hashlib, html, json, sys, time
+import hashlib, html, json, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
@@ -64,13 +64,14 @@ def _iteration_html(it):
 
 # %% ../nbs/09_loop.ipynb #cc80c4dd
 class Progress:
-    "A tqdm bar for the phase under way; the environment variable TQDM_DISABLE=1 switches it off."
+    "A tqdm bar for the phase under way, in a terminal or a notebook; TQDM_DISABLE=1 in the environment switches it off."
     bar = None
     def on_phase(self, run, iteration, phase, done, total):
         from tqdm import tqdm
         if self.bar is None or (self.bar.phase, self.bar.n) > ((iteration, phase), done): self._close()
         if self.bar is None:
-            self.bar = tqdm(total=total, desc=f"M_{iteration} {phase}", leave=False, unit="q", file=sys.stderr)
+            seen = {} if sys.stderr.isatty() or "ipykernel" in sys.modules else dict(disable=True)
+            self.bar = tqdm(total=total, desc=f"M_{iteration} {phase}", leave=False, unit="", file=sys.stderr, **seen)
             self.bar.phase = (iteration, phase)
         self.bar.update(done - self.bar.n)
         if done >= total: self._close()
@@ -120,10 +121,11 @@ class STaSC:
 
 # %% ../nbs/09_loop.ipynb #da454d3c
 def default_out(cfg: Config) -> Path:
-    "runs/MODEL-VARIANT-seedN-HASH: the same settings, the same place."
+    "runs/MODEL-VARIANT[-FILTER]-seedN-HASH: the same settings, the same place."
     fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if not Config.__dataclass_fields__[k].metadata["free"]})
     model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".") or "model"
-    return Path("runs")/f"{model}-{cfg.variant}-seed{cfg.seed}-{hashlib.sha256(fixed.encode()).hexdigest()[:6]}"
+    variant = cfg.variant + (f"-{cfg.filter}" if cfg.filter else "")
+    return Path("runs")/f"{model}-{variant}-seed{cfg.seed}-{hashlib.sha256(fixed.encode()).hexdigest()[:6]}"
 
 # %% ../nbs/09_loop.ipynb #247bfb6a
 def _store_questions(run):
@@ -291,6 +293,7 @@ def _step(self) -> Iteration|None:
         if n and not self._fit(n): self._call("on_run_end"); return None
         self._say(n)
         self.dir.write_json(f"iter_{n:02d}/metrics.json", self._measure(n))
+        self._prune(n)
     finally: self.dir.close()
     it = self[n]
     self._call("on_iteration", it)
@@ -298,6 +301,14 @@ def _step(self) -> Iteration|None:
     return it
 
 STaSC.step = _step
+
+# %% ../nbs/09_loop.ipynb #deed0250
+def _prune(self, n):
+    "Delete full models that no later iteration starts from, where `keep_models` asks for it."
+    if self.cfg.finetune == "full" and self.cfg.keep_models:
+        for old in range(1, n - self.cfg.keep_models + 1): shutil.rmtree(self._model_folder(old), ignore_errors=True)
+
+STaSC._prune = _prune
 
 # %% ../nbs/09_loop.ipynb #18753d6d
 def _iter(self):

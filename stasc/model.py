@@ -136,7 +136,8 @@ LM._with_adapter = _with_adapter
 # %% ../nbs/05_model.ipynb #e42d3611
 def _use(self, folder: Path|str|None):      # folder of an iteration's adapter (or full model); None is M_0
     "Become M_0 (None) or the model of an iteration."
-    folder = None if folder is None else Path(folder)
+    folder = folder and Path(folder)
+    if folder and not folder.is_dir(): raise ModelError(f"{folder} is not there: that iteration is not complete, or its model was not kept (keep_models)")
     if self.cfg.finetune == "full":
         if folder != self.current:
             self.model = self.base = None                           # free the old weights before reading the new

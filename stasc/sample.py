@@ -80,16 +80,22 @@ def _inverse_cdf(p, u):
 def _truncate(p,                    # (batch, vocabulary) probabilities
               params: SamplingParams):
     "Zero what top-k and top-p leave out; at least one token stays."
-    if not (0 < params.top_k < p.shape[-1]) and params.top_p >= 1: return p
-    ordered = p.sort(-1, descending=True).values
-    least = ordered[:, :1] * 0                                      # probability of the last token that stays
-    if params.top_k: least = ordered[:, min(params.top_k, p.shape[-1]) - 1, None]
-    if params.top_p < 1:
-        if params.top_k: ordered = ordered.masked_fill(ordered < least, 0)
+    k, top_p = params.top_k if 0 < params.top_k < p.shape[-1] else 0, params.top_p
+    if not k and top_p >= 1: return p
+    ordered = _likeliest(p, k, top_p)
+    least = ordered[:, -1:] if k else ordered[:, :1] * 0            # probability of the last token that stays
+    if top_p < 1:
+        total = ordered.sum(-1, keepdim=True) if k else 1.
         before = ordered.cumsum(-1) - ordered                       # probability of all likelier tokens
-        stays = (before < params.top_p * ordered.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+        stays = (before < top_p * total).sum(-1, keepdim=True)
         least = least.maximum(ordered.gather(-1, stays.clamp_(min=1) - 1))
     return p.masked_fill(p < least, 0)
+
+def _likeliest(p, k, top_p, first=1024):
+    "Probabilities in falling order: the first k, or as many as hold top_p. Sorting a whole vocabulary is seldom needed."
+    ordered = p.topk(k or min(first, p.shape[-1])).values
+    if k or ordered.shape[-1] == p.shape[-1] or bool((ordered.sum(-1) > top_p).all()): return ordered
+    return p.sort(-1, descending=True).values
 
 # %% ../nbs/06_sample.ipynb #904b795a
 class HFSampler:
