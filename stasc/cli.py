@@ -32,13 +32,15 @@ def _options(args) -> dict:
 def _go(run):
     "Run to the end, a line for each iteration, then table, picture and disk use."
     print(repr(run))
-    for it in run: print(it, flush=True)
+    try: run.run(shown=lambda it: print(it, flush=True))
+    except KeyboardInterrupt: raise KeyboardInterrupt(f"go on with: stasc resume {run.dir.path.as_posix()}") from None
     _finish(run)
 
 def _finish(run):
     print(f"\n{run.table().to_string()}\n")
+    from stasc.store import whole
     picture = run.dir/"curves.png"
-    run.curves().savefig(picture, dpi=120)
+    with whole(picture) as tmp: run.curves().savefig(tmp, dpi=120, format="png")
     print(f"{picture.as_posix()}: reward curves\n{run.dir.path.as_posix()}: {run.dir.disk_use() / 1e6:.1f} MB; look again with: stasc show {run.dir.path.as_posix()}")
 
 # %% ../nbs/15_cli.ipynb #fd364bb5
@@ -49,8 +51,8 @@ def _run(args):
     options = (read_mapping(args.config) if args.config else {})
     if not isinstance(options, dict): raise ConfigError(f"{args.config}: expected a mapping of options to values")
     options |= _options(args)
-    make = getattr(Config, args.preset) if args.preset else Config.from_dict
-    _go(STaSC(make(**options) if args.preset else make(options, where=args.config or "command line"), args.out))
+    cfg = Config.from_dict(options, where=args.config or "command line")
+    _go(STaSC(getattr(Config, args.preset)(**options) if args.preset else cfg, args.out))
 
 def _demo(args):
     "Run STaSC on the embedded model: a minute or two on a laptop."
@@ -76,6 +78,7 @@ def _eval(args):
     from stasc.data import check_leak, read_questions
     from stasc.loop import STaSC, split_metrics
     run = STaSC.open(args.run)
+    if args.n is not None and args.n < 1: raise ConfigError(f"n = {args.n}: expected a number of at least 1")
     questions = read_questions(args.data, args.question_column, args.reference_column)[:args.n]
     check_leak(run.data.train, questions)
     last = range(run.n_done)[args.iteration if -run.n_done <= args.iteration < run.n_done else _no_iteration(run, args.iteration)]
@@ -134,5 +137,9 @@ def main(argv: list[str]|None = None) -> int:       # exit code
             warnings.showwarning = lambda message, *_, **__: print(f"stasc: note: {message}", file=sys.stderr)
             args.do(args)
     except StascError as e: print(f"stasc: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print(f"\nstasc: stopped; go on with: stasc resume {getattr(args, 'run', None) or args.out or 'DIR'}", file=sys.stderr); return 130
+    except OSError as e: print(f"stasc: {e}", file=sys.stderr); return 2
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError": raise
+        print("stasc: the GPU's memory is full; lower --sample-batch, or --train-batch with a higher --grad-accumulation, and resume the run", file=sys.stderr); return 2
+    except KeyboardInterrupt as e: print(f"stasc: stopped{f'; {e}' if str(e) else ''}", file=sys.stderr); return 130
     return 0

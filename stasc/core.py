@@ -53,7 +53,9 @@ class Sample:
     logprob: float                  # mean log-probability of its tokens at temperature 1
 
     @property
-    def n_tokens(self): return len(self.token_ids)
+    def n_tokens(self):
+        "How many tokens were generated."
+        return len(self.token_ids)
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -118,7 +120,8 @@ class Config:
     # algorithm
     variant: str = opt("EIE", "one of the eight variants, e.g. EIE")
     filter: str|None = opt(None, "filter instead of the variant's own", choices=("improving", "non_decreasing", "stable", "all", "correct"))
-    threshold: float = opt(1.0, "t: a correction as good as its initial answer is stable from this reward on", 0, 1)
+    non_decreasing: str = opt("union", "what the Non-Decreasing Filter keeps: D+ and D=, or D= alone as the released code", choices=("union", "stable"))
+    threshold: float = opt(1.0, "t: an answer is right, and may be kept as stable, from this reward on", 1e-6, 1)
     pairing: str = opt("sampled", "pair a correction with the initial answer it was drawn for, or with all of its question", choices=("sampled", "crossed"))
     iterations: int = opt(10, "N, number of fine-tuned models M_1..M_N", 1, 10_000, free=True)
     n_init: int = opt(5, "N_init, initial answers per training question", 1, 10_000)
@@ -156,7 +159,7 @@ class Config:
     grad_accumulation: int = opt(1, "forward passes per optimiser step", 1)
     learning_rate: float = opt(1e-4, "peak learning rate", 0, 1)
     schedule: str = opt("cosine", "learning-rate schedule", choices=("cosine", "linear", "constant_with_warmup"))
-    warmup: float = opt(0.03, "share of the steps in which the rate rises", 0, 1)
+    warmup: float = opt(0.03, "share of the steps in which the rate rises", 0, 0.99)
     weight_decay: float = opt(0.1, "AdamW weight decay", 0, 10)
     grad_clip: float = opt(1.0, "largest gradient norm; 0 does not clip", 0)
     device: str = opt("auto", "where the model lives", choices=("auto", "cpu", "cuda", "mps"))
@@ -241,17 +244,23 @@ def read_mapping(path) -> dict:
 Config.from_file = classmethod(lambda cls, path: cls.from_dict(read_mapping(path), where=str(path)))
 
 # %% ../nbs/00_core.ipynb #f02e6a88
+def _filter_name(self) -> str:
+    "The filter in force."
+    own = Variant(self.variant).filter
+    return self.filter or ("stable" if own == "non_decreasing" and self.non_decreasing == "stable" else own)
+
+Config.filter_name = property(_filter_name)
+
+# %% ../nbs/00_core.ipynb #fedb08db
 def _paper(cls, model: str = "Qwen/Qwen2.5-1.5B-Instruct", **changes) -> "Config":
     "The paper's settings for a model; N_init is 1 for Phi-3 and 5 otherwise (Section 4.1)."
-    base = dict(model=model, data="nq", n_init=1 if "phi-3" in model.lower() else 5, n_corr=5, finetune="full") | changes
+    base = dict(model=str(model), data="nq", n_init=1 if "phi-3" in str(model).lower() else 5, n_corr=5, finetune="full") | changes
     if base["finetune"] == "full": base = dict(learning_rate=7e-6, keep_models=1) | base
     return cls.from_dict(base)
 
 def _released_code(cls, model: str = "Qwen/Qwen2.5-1.5B-Instruct", **changes) -> "Config":
     "The settings of the authors' released code, where it departs from Algorithm 1."
-    base = dict(pairing="crossed", train_prompt="no_examples", scope="full") | changes
-    if Variant(base.get("variant", "EIE")).filter == "non_decreasing": base.setdefault("filter", "stable")
-    return cls.paper(model, **base)
+    return cls.paper(model, **dict(non_decreasing="stable", pairing="crossed", train_prompt="no_examples", scope="full") | changes)
 
 # %% ../nbs/00_core.ipynb #3c779c7f
 def _demo(cls, **changes) -> "Config":
@@ -271,6 +280,5 @@ def _changed(self) -> dict:
 
 Config.changed = _changed
 Config.__repr__ = lambda self: f"Config({', '.join(f'{k}={v!r}' for k, v in self.changed().items())})"
-Config.filter_name = property(lambda self: self.filter or Variant(self.variant).filter, doc="The filter in force.")
 Config.params = property(lambda self: SamplingParams(self.temperature, self.top_p, self.top_k, self.max_new_tokens),
                          doc="How tokens are drawn.")

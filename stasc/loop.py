@@ -6,16 +6,16 @@
 __all__ = ['split_metrics', 'Iteration', 'Progress', 'LiveCurves', 'STaSC', 'default_out']
 
 # %% ../nbs/09_loop.ipynb #c5829c36
-import hashlib, html, json, shutil, sys, time
+import contextlib, dataclasses, hashlib, html, json, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from .core import Config, Question, StoreError, Variant, derive_seed
-from .data import Data, load_questions
+from .core import Config, ConfigError, Question, StoreError, Variant, derive_seed
+from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
-from .prompt import Prompter
+from .prompt import Prompter, PromptSet, prompts_of
 from .reward import get_reward, judge, reward_name
-from .store import RunDir, part_name
+from .store import RunDir, part_name, read_json
 from .train import Engine, Example, ScriptedEngine
 
 # %% ../nbs/09_loop.ipynb #4d6c733d
@@ -23,7 +23,7 @@ def split_metrics(init_reward: pd.Series,   # one for each trajectory
                   corr_reward: pd.Series,
                   t: float = 1.0,           # right from here on
                  ) -> dict:                 # numbers as fractions
-    "Accuracy of initial answers and corrections, and how many went from wrong to right and back."
+    "Accuracy (with a graded reward its mean) of initial answers and corrections; shares that went from wrong to right and back."
     r1, r2, n = init_reward >= t, corr_reward >= t, len(init_reward)
     a1, a2 = float(init_reward.mean()), float(corr_reward.mean())
     return dict(n=n, acc_t1=a1, acc_t2=a2, delta=a2 - a1, i_to_c=float((~r1 & r2).sum() / n), c_to_i=float((r1 & ~r2).sum() / n))
@@ -76,7 +76,7 @@ class Progress:
         self.bar.update(done - self.bar.n)
         if done >= total: self._close()
 
-    def on_run_end(self, run): self._close()
+    def on_stop(self, run): self._close()
 
     def _close(self):
         if self.bar is not None: self.bar.close()
@@ -104,10 +104,13 @@ class STaSC:
                  **options):                    # options of `Config` to change
         cfg = (cfg or Config()).replace(**options)
         if reward: cfg = cfg.replace(reward=reward_name(reward))
-        self.cfg, self.variant, self.reward = cfg, Variant(cfg.variant), get_reward(reward or cfg.reward)
+        if cfg.reward == "<lambda>": raise ConfigError("reward: give the function a name (def ...), by which a run can be told from others")
+        self.cfg, self.variant, self._reward, self._prompts = cfg, Variant(cfg.variant), reward, None
+        if data: check_leak(data.train, data.test)
+        if lm := getattr(engine, "lm", None): _same_model(lm.cfg, cfg)
         self.dir = RunDir(out or default_out(cfg))
         self.dir.check_same(cfg)
-        self._data, self._engine, self._prompter = data, engine, None
+        self._data, self._engine, self._prompter, self._trusted = data, engine, None, set()
         self.callbacks = [Progress()] if callbacks is None else list(callbacks)
 
     @classmethod
@@ -115,9 +118,15 @@ class STaSC:
         "The run in a directory, with the settings and questions that are stored there."
         there = RunDir(path).config()
         if there is None: raise StoreError(f"{path} is not a run directory: it has no config.json")
-        iterations = kw.pop("iterations", None)
         cfg = Config.from_dict(there["config"], where=str(Path(path)/"config.json"))
-        return cls(cfg.replace(iterations=iterations) if iterations else cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path)), **kw)
+        run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path)), **kw)
+        if there.get("prompts"): run._prompts = PromptSet(**there["prompts"] | dict(examples=tuple(there["prompts"]["examples"])))
+        return run
+
+# %% ../nbs/09_loop.ipynb #dbafc4bd
+def _same_model(there, cfg):
+    diff = [k for k in ("model", "finetune", "lora_r", "lora_alpha", "lora_dropout", "device", "dtype") if getattr(there, k) != getattr(cfg, k)]
+    if diff: raise ConfigError(f"the engine was made with another {', '.join(diff)}; make one with Engine(cfg)")
 
 # %% ../nbs/09_loop.ipynb #da454d3c
 def default_out(cfg: Config) -> Path:
@@ -136,10 +145,10 @@ def _store_questions(run):
 def _stored_questions(path):
     f = path/"questions.json"
     if not f.exists(): return None
-    try: rows = json.loads(f.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise StoreError(f"{f} cannot be read ({e})") from None
+    rows = read_json(f, "put the questions' file back in its place and run with it again")
     of = lambda s: [Question(r["id"], r["text"], tuple(r["references"]), r["context"]) for r in rows if r["split"] == s]
-    return Data(of("train"), of("test"))
+    try: return Data(of("train"), of("test"))
+    except (KeyError, TypeError): raise StoreError(f"{f} does not hold questions; put the questions' file back in its place and run with it again") from None
 
 # %% ../nbs/09_loop.ipynb #6be71083
 def _data_(self) -> Data:
@@ -155,10 +164,17 @@ def _engine_(self):
     return self._engine
 
 def _prompter_(self):
-    if self._prompter is None: self._prompter = Prompter(self.engine.tokenizer, self.cfg, self.engine.context_length)
+    "Renders prompts for this model."
+    if self._prompter is None: self._prompter = Prompter(self.engine.tokenizer, self.cfg, self.engine.context_length, self.prompts)
     return self._prompter
 
-STaSC.data, STaSC.engine, STaSC.prompter = property(_data_), property(_engine_), property(_prompter_)
+def _prompts_(self) -> PromptSet:
+    "The wording; a run that was opened keeps the one it began with."
+    if self._prompts is None: self._prompts = prompts_of(self.cfg)
+    return self._prompts
+
+STaSC.data, STaSC.engine, STaSC.prompter, STaSC.prompts = map(property, (_data_, _engine_, _prompter_, _prompts_))
+STaSC.reward = property(lambda self: get_reward(self._reward or self.cfg.reward), doc="The reward function.")
 
 def _call(self, event, *args):
     for c in self.callbacks:
@@ -172,15 +188,19 @@ def _parts(self, n, phase, questions):
     size, began = self.cfg.part_size, None
     for part, a in enumerate(range(0, len(questions), size)):
         if not self.dir.done(part_name(n, phase, part)):
-            if began is None: began = time.perf_counter(); self.engine.use(self._model_folder(n))
+            began = began or time.perf_counter()
             self._call("on_phase", n, phase, a, len(questions))
+            self.engine.use(self._model_folder(n))                  # for each part: a callback may have asked another model
             yield part, questions[a:a + size]
     if began is not None:
         self._call("on_phase", n, phase, len(questions), len(questions))
         self.dir.log(iteration=n, phase=phase, seconds=round(time.perf_counter() - began, 3))
 
 def _model_folder(self, n):
-    return self.dir/f"iter_{n:02d}"/self._kind if n else None
+    "Where M_n is, its checksum compared once; None for M_0."
+    name = f"iter_{n:02d}/{self._kind}"
+    if n and name in self.dir.manifest and name not in self._trusted: self.dir.verified(name); self._trusted.add(name)
+    return self.dir/name if n else None
 
 STaSC._parts, STaSC._model_folder = _parts, _model_folder
 STaSC._kind = property(lambda self: "model" if self.cfg.finetune == "full" else "adapter")
@@ -208,9 +228,10 @@ STaSC._answer_columns, STaSC._draw_initial = _answer_columns, _draw_initial
 # %% ../nbs/09_loop.ipynb #15e1907c
 def _draw_corrections(self, n, phase, questions, count, initial):
     "Step 2: corrections by M_n of each initial answer in the table `initial`."
-    split, texts = phase.split(".")[1], {k: g for k, g in initial.groupby("question_id", sort=False)}
+    split, texts = phase.split(".")[1], {}
+    for q, j, text in zip(initial.question_id, initial.init_index, initial.init_text): texts.setdefault(q, []).append((int(j), text))
     for part, qs in self._parts(n, phase, questions):
-        asked = [(q, int(j), text) for q in qs for j, text in zip(texts[q.id].init_index, texts[q.id].init_text)]
+        asked = [(q, j, text) for q in qs for j, text in texts[q.id]]
         seeds = [[derive_seed(self.cfg.seed, n, phase, q.id, j, k) for k in range(count)] for q, j, _ in asked]
         drawn = self.engine.sample([self.prompter.correction(q, text) for q, _, text in asked], count, self.cfg.params, seeds)
         rows = [dict(iteration=n, split=split, question_id=q.id, init_index=j) | self._answer_columns("corr", q, s, k)
@@ -244,9 +265,10 @@ def _pairs(self, n, split, pairing="sampled"):
 
 def _examples(self, kept):
     "Kept pairs as prompts and the ids that were generated."
-    questions = {q.id: q for q in self.data.train}
-    return [Example(tuple(self.prompter.correction(questions[r.question_id], r.init_text, training=True)), tuple(r.corr_token_ids))
-            for r in kept.itertuples()]
+    questions, prompts = {q.id: q for q in self.data.train}, {}
+    for q, text in zip(kept.question_id, kept.init_text):           # many corrections share a prompt
+        if (q, text) not in prompts: prompts[q, text] = tuple(self.prompter.correction(questions[q], text, training=True))
+    return [Example(prompts[q, text], tuple(ids)) for q, text, ids in zip(kept.question_id, kept.init_text, kept.corr_token_ids)]
 
 STaSC._pairs, STaSC._examples = _pairs, _examples
 
@@ -261,7 +283,7 @@ def _fit(self, n) -> bool:      # False where nothing was kept
     if kept.empty: return False
     self._call("on_phase", n, "train", 0, len(kept))
     start = self._model_folder(n - 1) if self.variant.evolving_finetune else None
-    with self.dir.folder(name) as out: report = self.engine.train(self._examples(kept), start, out, derive_seed(self.cfg.seed, n, "train") % 2**31)
+    with self.dir.folder(name) as out: report = self.engine.train(self._examples(kept), start, out, self.cfg, derive_seed(self.cfg.seed, n, "train") % 2**31)
     self.dir.log(iteration=n, phase="train", seconds=round(time.perf_counter() - began, 3), **{k: v for k, v in report.items() if k != "seconds"})
     self._call("on_phase", n, "train", len(kept), len(kept))
     return True
@@ -286,27 +308,36 @@ def _step(self) -> Iteration|None:
     "Make the next iteration; None where the run is complete or has ended."
     n = self.n_done
     if n > self.cfg.iterations or self.ended: return None
-    self.dir.open(self.cfg, self.data.fingerprint)
+    with self._writing(): return self._make(n)
+
+def _make(self, n):
     try:
-        if not (self.dir/"questions.json").exists(): _store_questions(self)
-        if n == 0: self._call("on_run_start")
+        if not self.dir.manifest: _store_questions(self)
         if n and not self._fit(n): self._call("on_run_end"); return None
         self._say(n)
         self.dir.write_json(f"iter_{n:02d}/metrics.json", self._measure(n))
         self._prune(n)
-    finally: self.dir.close()
+    except BaseException: self._call("on_stop"); raise
     it = self[n]
     self._call("on_iteration", it)
     if n == self.cfg.iterations: self._call("on_run_end")
     return it
 
-STaSC.step = _step
+@contextlib.contextmanager
+def _writing(self):
+    "Hold the run directory against other writers."
+    self.reward                                                     # an unknown one is refused before anything is written
+    self.dir.open(self.cfg, self.data.fingerprint, json.loads(json.dumps(dataclasses.asdict(self.prompts))))
+    try: yield
+    finally: self.dir.close()
+
+STaSC.step, STaSC._make, STaSC._writing = _step, _make, _writing
 
 # %% ../nbs/09_loop.ipynb #deed0250
 def _prune(self, n):
     "Delete full models that no later iteration starts from, where `keep_models` asks for it."
     if self.cfg.finetune == "full" and self.cfg.keep_models:
-        for old in range(1, n - self.cfg.keep_models + 1): shutil.rmtree(self._model_folder(old), ignore_errors=True)
+        for old in range(1, n - self.cfg.keep_models + 1): shutil.rmtree(self.dir/f"iter_{old:02d}/{self._kind}", ignore_errors=True)
 
 STaSC._prune = _prune
 
@@ -315,18 +346,25 @@ def _iter(self):
     "Each iteration, made or read from disk."
     done = self.n_done
     for n in range(min(done, self.cfg.iterations + 1)): yield self[n]
+    if done <= self.cfg.iterations and not self.ended: self._call("on_run_start")
     while it := self.step(): yield it
     if self.ended: print(self.ended)
 
-def _run(self) -> "STaSC":
-    "Run to the end."
-    for _ in self: pass
+def _run(self,
+         shown=None,            # a function that is given each iteration, e.g. print
+        ) -> "STaSC":
+    "Run to the end, with the run directory held throughout."
+    with self._writing():
+        for it in self:
+            if shown: shown(it)
     return self
 
 def _n_done(self) -> int:
     "How many iterations are complete, M_0 included."
-    n = 0
-    while (self.dir/f"iter_{n:02d}"/"metrics.json").exists(): n += 1
+    n, files = 0, {}
+    for name in self.dir.manifest: files.setdefault(name.split("/")[0], []).append(name)
+    there = lambda name: name.endswith("/model") or (self.dir/name).exists()        # a full model may have been pruned
+    while (self.dir/f"iter_{n:02d}"/"metrics.json").exists() and all(map(there, files.get(f"iter_{n:02d}", []))): n += 1
     return n
 
 STaSC.__iter__, STaSC.run, STaSC.n_done = _iter, _run, property(_n_done)
@@ -356,8 +394,9 @@ def _getitem(self, n: int) -> Iteration:
 
 def _read_metrics(self, n):
     f = self.dir/f"iter_{n:02d}"/"metrics.json"
-    try: return json.loads(f.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise StoreError(f"{f} cannot be read ({e}); delete it and resume the run") from None
+    metrics = read_json(f, "delete it and resume the run")
+    if not (isinstance(metrics, dict) and {"n_kept", "train", "test"} <= set(metrics)): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
+    return metrics
 
 def _example(self, rows):
     if rows.empty: return None
@@ -398,6 +437,7 @@ def _table(self) -> pd.DataFrame:
 
 def _repr(self):
     state = "complete" if self.n_done > self.cfg.iterations else f"{self.n_done} of {self.cfg.iterations + 1} iterations"
+    if self.n_done: state += f", {self.dir.disk_use() / 1e6:.1f} MB"
     return f"STaSC {self.cfg.variant} ({self.variant.words}) on {self.cfg.model}, {state}, in {self.dir.path.as_posix()}"
 
 STaSC.table, STaSC.__repr__ = _table, _repr
@@ -413,9 +453,10 @@ def _curves(self):          # matplotlib Figure
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    m = self.metrics
     for column, label, colour, style in _CURVES:
-        if column in (m := self.metrics): ax.plot(m.index, m[column], style, color=colour, label=label, markersize=5)
-    ax.set(xlabel="iteration $n$ (0 is $M_0$)", ylabel="mean reward", ylim=(0, 1), title=f"STaSC {self.cfg.variant}, {self.cfg.model}, seed {self.cfg.seed}")
+        if column in m: ax.plot(m.index, m[column], style, color=colour, label=label, markersize=5)
+    ax.set(xlabel="iteration $n$ (0 is $M_0$)", ylabel="mean reward", ylim=(0, 1), title=f"STaSC {self.cfg.variant}, {Path(self.cfg.model).name}, seed {self.cfg.seed}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=9)
     plt.close(fig)                                                  # shown once: as the value of the cell
@@ -429,7 +470,8 @@ def _evaluate(self, questions: list[Question],
               seed: int = 0,
              ) -> pd.DataFrame:         # one row for each question: trajectories as in `run.trajectories`
     "Answer and correct questions with the model of an iteration; nothing is stored."
-    n, e, params = range(self.n_done)[iteration], self.engine, self.cfg.params
+    if not self.n_done: raise StoreError(f"{self.dir.path} has no complete iteration yet: run it first")
+    n, e, params = self[iteration].n, self.engine, self.cfg.params
     e.use(self._model_folder(n) if self.variant.evolving_init else None)
     seeds = lambda phase: [[derive_seed(seed, n, f"evaluate.{phase}", q.id, 0, 0)] for q in questions]
     first = [s[0] for s in e.sample([self.prompter.initial(q) for q in questions], 1, params, seeds("initial"))]

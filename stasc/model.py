@@ -60,8 +60,9 @@ def find_model(model: str) -> str:      # a folder, or the Hub id as it is
 @contextlib.contextmanager
 def _explained(model, what):
     "Turn the libraries' loading errors into one sentence."
+    from safetensors import SafetensorError
     try: yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
         first = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
         hint = "" if Path(model).is_dir() else "; without a network, give a local folder as model"
         raise ModelError(f"the {what} of {model} cannot be loaded: {first}{hint}") from e
@@ -84,7 +85,10 @@ def load_base(cfg: Config,
     kw = dict(dtype=torch.float32 if cfg.finetune == "full" else getattr(torch, dtype))
     if cfg.finetune == "qlora": kw |= dict(quantization_config=_nf4(getattr(torch, dtype)), device_map={"": device})
     with _explained(source, "model"), _no_bar(source):
-        model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=cfg.trust_remote_code, **kw)
+        model, info = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=cfg.trust_remote_code,
+                                                           output_loading_info=True, **kw)
+    if lacking := sorted(info["missing_keys"]):
+        raise ModelError(f"the model {source} is not complete: {len(lacking)} weights are missing, {lacking[0]} among them")
     return (model if cfg.finetune == "qlora" else model.to(device)).eval()
 
 # %% ../nbs/05_model.ipynb #fca18f98
@@ -140,7 +144,7 @@ def _use(self, folder: Path|str|None):      # folder of an iteration's adapter (
     if folder and not folder.is_dir(): raise ModelError(f"{folder} is not there: that iteration is not complete, or its model was not kept (keep_models)")
     if self.cfg.finetune == "full":
         if folder != self.current:
-            self.model = self.base = None                           # free the old weights before reading the new
+            self.model = self.base = None; self.current = "loading"  # free the old weights before reading the new
             self.model = self.base = self._load(str(folder or self.source))
     elif folder is None: self.model.base_model.disable_adapter_layers()
     else: self._read_adapter(folder); self.model.base_model.enable_adapter_layers()
@@ -184,14 +188,18 @@ LM.start = _start
 # %% ../nbs/05_model.ipynb #be2b1eec
 def _save(self, folder: Path):          # an existing, empty folder
     "Save the adapter (or the full model) as safetensors."
-    kw = {} if self.cfg.finetune == "full" else dict(save_embedding_layers=False)
-    self.model.save_pretrained(folder, **kw)
+    from safetensors import SafetensorError
+    full = self.cfg.finetune == "full"
+    try:
+        with _no_bar(folder): self.model.save_pretrained(folder, **({} if full else dict(save_embedding_layers=False)))
+        if full: self.tokenizer.save_pretrained(folder)             # so that the folder is a model of its own
+    except SafetensorError as e: raise OSError(str(e)) from e       # a full disk, for one
     (folder/"README.md").unlink(missing_ok=True)                    # PEFT's empty model card
     file = folder/"adapter_config.json"
     if file.exists():
-        d = json.loads(file.read_text())
+        d = json.loads(file.read_text(encoding="utf-8"))
         d = {k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for k, v in d.items()}
-        file.write_text(json.dumps(d, indent=2, sort_keys=True) + "\n")
+        file.write_text(json.dumps(d, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 LM.save = _save
 

@@ -67,14 +67,14 @@ def draw(logits,                    # (batch, vocabulary) of any float type
     import torch
     logp = torch.log_softmax(logits.float(), -1)
     if params.temperature == 0: ids = logp.argmax(-1)
-    else: ids = _inverse_cdf(_truncate(torch.softmax(logp / params.temperature, -1), params), u)
+    else: ids = _inverse_cdf(_truncate(torch.softmax((logp - logp.amax(-1, keepdim=True)) / params.temperature, -1), params), u)
     return ids, logp.gather(-1, ids[:, None])[:, 0]
 
 def _inverse_cdf(p, u):
     import torch
     total = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
-    x = torch.as_tensor(u, dtype=total.dtype, device=p.device)[:, None] * total[:, -1:]
-    return torch.searchsorted(total, x, right=True)[:, 0].clamp_(max=p.shape[-1] - 1)
+    u = torch.as_tensor(u, dtype=total.dtype, device=p.device).clamp(max=1 - torch.finfo(total.dtype).eps)
+    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp_(max=p.shape[-1] - 1)
 
 # %% ../nbs/06_sample.ipynb #12f23228
 def _truncate(p,                    # (batch, vocabulary) probabilities
@@ -82,20 +82,21 @@ def _truncate(p,                    # (batch, vocabulary) probabilities
     "Zero what top-k and top-p leave out; at least one token stays."
     k, top_p = params.top_k if 0 < params.top_k < p.shape[-1] else 0, params.top_p
     if not k and top_p >= 1: return p
-    ordered = _likeliest(p, k, top_p)
-    least = ordered[:, -1:] if k else ordered[:, :1] * 0            # probability of the last token that stays
-    if top_p < 1:
-        total = ordered.sum(-1, keepdim=True) if k else 1.
-        before = ordered.cumsum(-1) - ordered                       # probability of all likelier tokens
-        stays = (before < top_p * total).sum(-1, keepdim=True)
-        least = least.maximum(ordered.gather(-1, stays.clamp_(min=1) - 1))
+    ordered = p.topk(k or min(_FIRST, p.shape[-1])).values          # sorting a whole vocabulary is seldom needed
+    least = _least(ordered, top_p, total=k > 0)
+    short = ~(ordered.sum(-1) > top_p) if not k and ordered.shape[-1] < p.shape[-1] else None
+    if short is not None and bool(short.any()): least[short] = _least(p[short].sort(-1, descending=True).values, top_p)
     return p.masked_fill(p < least, 0)
 
-def _likeliest(p, k, top_p, first=1024):
-    "Probabilities in falling order: the first k, or as many as hold top_p. Sorting a whole vocabulary is seldom needed."
-    ordered = p.topk(k or min(first, p.shape[-1])).values
-    if k or ordered.shape[-1] == p.shape[-1] or bool((ordered.sum(-1) > top_p).all()): return ordered
-    return p.sort(-1, descending=True).values
+_FIRST = 1024       # tokens that hold top_p in nearly every case
+
+def _least(ordered,                 # (batch, tokens) probabilities in falling order
+           top_p, total=False):     # is top_p a share of their sum (after top-k), or of 1
+    "Probability of the last token that stays (batch, 1)."
+    if top_p >= 1: return ordered[:, -1:]
+    before = ordered.cumsum(-1) - ordered                           # probability of all likelier tokens
+    stays = (before < top_p * (ordered.sum(-1, keepdim=True) if total else 1.)).sum(-1, keepdim=True)
+    return ordered.gather(-1, stays.clamp_(min=1) - 1)
 
 # %% ../nbs/06_sample.ipynb #904b795a
 class HFSampler:
@@ -104,7 +105,9 @@ class HFSampler:
                  batch: int = 64):      # rows decoded together
         self.lm, self.batch = lm, batch
 
-    def use(self, adapter: Path|None): self.lm.use(adapter)
+    def use(self, adapter: Path|None):
+        "Become M_0 (None) or the model of an iteration."
+        self.lm.use(adapter)
 
     def sample(self, prompts, n, params, seeds):
         "Draw n samples for each prompt; the texts do not depend on `batch` or on the order of the prompts."
@@ -140,8 +143,9 @@ def _batch(self, prompts, seeds, params):
     lm, n = self.lm, len(seeds[0])
     logits, cache, mask, position = _prefill(lm, prompts)
     if n > 1:
-        cache.batch_repeat_interleave(n)
-        logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position))
+        each = torch.arange(len(prompts), device=lm.device).repeat_interleave(n)
+        cache.reorder_cache(each)                                   # the one call that every kind of cache layer knows
+        logits, mask, position = logits[each], mask[each], position[each]
     flat = np.array(seeds, dtype=np.uint64).reshape(-1)
     ids, logps, stop = [[] for _ in flat], np.zeros(len(flat)), set(lm.stop_ids)
     rows, ended = np.arange(len(flat)), np.zeros(len(flat), bool)           # rows still in the batch; which have ended
@@ -154,7 +158,7 @@ def _batch(self, prompts, seeds, params):
         if not alive.any() or t + 1 == params.max_new_tokens: break
         if alive.sum() <= 0.75 * len(rows):
             keep = torch.as_tensor(np.flatnonzero(alive), device=lm.device)
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
             token, mask, position, rows = token[keep], mask[keep], position[keep], rows[alive]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], -1)
         logits = lm.model(input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None],

@@ -6,7 +6,7 @@
 __all__ = ['Example', 'collate', 'training_arguments', 'fine_tune', 'Engine', 'ScriptedEngine']
 
 # %% ../nbs/07_train.ipynb #7ac6fa50
-import math, tempfile, time
+import contextlib, math, random, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Config, TrainError
@@ -48,24 +48,38 @@ def training_arguments(cfg: Config,
 # %% ../nbs/07_train.ipynb #354b389a
 def fine_tune(lm,                           # `LM` after `start`
               examples: list[Example],
+              cfg: Config,                  # epochs, batch, learning rate, ...
               seed: int,                    # of the order of the examples
              ) -> dict:                     # steps, tokens learned from, first and last loss, seconds
     "Fine-tune the weights in place on the completions alone."
     import transformers
     if not examples: raise TrainError("there is nothing to train on: no correction was kept")
     began, losses = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as tmp:
-        args = training_arguments(lm.cfg, lm.device, lm.dtype, seed, tmp)
+    with tempfile.TemporaryDirectory() as tmp, _own_randomness():
+        args = training_arguments(cfg, lm.device, lm.dtype, seed, tmp)
         args._n_gpu = min(args.n_gpu, 1)                            # one process, one GPU
         trainer = _trainer(model=lm.model, args=args, train_dataset=list(examples), data_collator=lambda b: collate(b, lm.pad_id))
-        trainer.train()
-        trainer.accelerator.unwrap_model(lm.model, keep_fp32_wrapper=False)     # autocast is for training alone
+        try: trainer.train()
+        finally:                                                    # accelerate's marks on the model: autocast is for training alone, and for each training
+            for k in ("forward", "_original_forward", "_is_accelerate_prepared"): vars(lm.model).pop(k, None)
+            lm.model.config.use_cache = True
         losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     if not losses or not all(map(math.isfinite, losses)):
-        raise TrainError(f"the loss is not a number from step {_first_bad(losses)} on; lower learning_rate (now {lm.cfg.learning_rate:g}) or use dtype = 'float32'")
+        raise TrainError(f"the loss is not a number from step {_first_bad(losses)} on; lower learning_rate (now {cfg.learning_rate:g}) or use dtype = 'float32'")
+    if not all(p.isfinite().all() for p in lm.model.parameters() if p.requires_grad):
+        raise TrainError(f"fine-tuning gave weights that are not numbers; lower learning_rate (now {cfg.learning_rate:g}) or use dtype = 'float32'")
     lm.model.eval()
     return dict(steps=len(losses), tokens=sum(len(e.completion_ids) for e in examples), first_loss=losses[0], last_loss=losses[-1],
                 seconds=time.perf_counter() - began)
+
+@contextlib.contextmanager
+def _own_randomness():
+    "The Trainer seeds every global generator; give the caller's back."
+    import numpy as np, torch
+    py, nump = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try: yield
+        finally: random.setstate(py); np.random.set_state(nump)
 
 def _first_bad(losses): return next((i + 1 for i, x in enumerate(losses) if not math.isfinite(x)), 1)
 
@@ -82,20 +96,22 @@ class Engine:
     "A model to sample from and to fine-tune."
     def __init__(self, cfg: Config):
         from stasc.model import LM
-        self.lm = LM(cfg)
+        self.lm, self.cfg = LM(cfg), cfg
         self.sampler = HFSampler(self.lm, cfg.sample_batch)
         self.use, self.sample = self.sampler.use, self.sampler.sample
         self.tokenizer, self.context_length = self.lm.tokenizer, self.lm.context_length
 
-    def describe(self): return self.lm.describe()
+    def describe(self):
+        "What was chosen, in one line."
+        return self.lm.describe()
 
     def train(self, examples: list[Example],
               start: Path|None,             # folder to continue from; None starts from M_0
               out: Path,                    # empty folder for the result
-              seed: int) -> dict:
+              cfg: Config, seed: int) -> dict:
         "Fine-tune and save."
         self.lm.start(start, seed)
-        report = fine_tune(self.lm, examples, seed)
+        report = fine_tune(self.lm, examples, cfg, seed)
         self.lm.save(out)
         return report
 
@@ -104,7 +120,8 @@ class ScriptedEngine(ScriptedSampler):
     "A function in place of a model, for teaching and tests."
     context_length = None
     def describe(self): return f"scripted by {getattr(self.script, '__name__', 'a function')}"
-    def train(self, examples, start, out, seed):
+    def train(self, examples, start, out, cfg, seed):
+        "Count one more fine-tuning."
         if not examples: raise TrainError("there is nothing to train on: no correction was kept")
         self.use(start)
         (Path(out)/"skill.txt").write_text(str(self.skill + 1))
