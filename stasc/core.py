@@ -224,12 +224,19 @@ def _replace(self, **changes) -> "Config":
     "The same configuration with some options changed."
     return type(self).from_dict({**self.to_dict(), **changes})
 
-Config.from_dict, Config.replace = classmethod(_from_dict), _replace
-Config.to_dict = lambda self: dataclasses.asdict(self)
-Config.to_json = lambda self: json.dumps(self.to_dict(), indent=2)
+def _to_dict(self) -> dict:
+    "Every option and its value."
+    return dataclasses.asdict(self)
+
+def _to_json(self) -> str:
+    "The same as JSON text."
+    return json.dumps(self.to_dict(), indent=2)
+
+Config.from_dict, Config.replace, Config.to_dict, Config.to_json = classmethod(_from_dict), _replace, _to_dict, _to_json
 
 # %% ../nbs/00_core.ipynb #20f2fb12
-def read_mapping(path) -> dict:
+def read_mapping(path,      # a file that ends in .json, or YAML
+                ) -> dict:
     "The mapping in a JSON or YAML file (YAML read safely)."
     path = Path(path)
     try: text = path.read_text(encoding="utf-8")
@@ -241,7 +248,11 @@ def read_mapping(path) -> dict:
     except ValueError as e: raise ConfigError(f"{path}: not valid JSON ({e})") from None
     except yaml.YAMLError as e: raise ConfigError(f"{path}: not valid YAML ({' '.join(str(e).split())})") from None
 
-Config.from_file = classmethod(lambda cls, path: cls.from_dict(read_mapping(path), where=str(path)))
+def _from_file(cls, path) -> "Config":
+    "A configuration from a JSON or YAML file."
+    return cls.from_dict(read_mapping(path), where=str(path))
+
+Config.from_file = classmethod(_from_file)
 
 # %% ../nbs/00_core.ipynb #f02e6a88
 def _filter_name(self) -> str:

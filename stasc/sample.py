@@ -66,7 +66,7 @@ def draw(logits,                    # (batch, vocabulary) of any float type
     "Draw one token for each row."
     import torch
     logp = torch.log_softmax(logits.float(), -1)
-    if params.temperature == 0: ids = logp.argmax(-1)
+    if params.temperature < 1e-6: ids = logp.argmax(-1)              # where float32 could not divide
     else: ids = _inverse_cdf(_truncate(torch.softmax((logp - logp.amax(-1, keepdim=True)) / params.temperature, -1), params), u)
     return ids, logp.gather(-1, ids[:, None])[:, 0]
 
