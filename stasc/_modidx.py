@@ -137,6 +137,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                             'stasc.loop.STaSC.open': ('loop.html#stasc.open', 'stasc/loop.py'),
                             'stasc.loop._answer_columns': ('loop.html#_answer_columns', 'stasc/loop.py'),
                             'stasc.loop._call': ('loop.html#_call', 'stasc/loop.py'),
+                            'stasc.loop._check_data': ('loop.html#_check_data', 'stasc/loop.py'),
                             'stasc.loop._curves': ('loop.html#_curves', 'stasc/loop.py'),
                             'stasc.loop._data_': ('loop.html#_data_', 'stasc/loop.py'),
                             'stasc.loop._draw_corrections': ('loop.html#_draw_corrections', 'stasc/loop.py'),

@@ -7,10 +7,11 @@ __all__ = ['split_metrics', 'Iteration', 'Progress', 'LiveCurves', 'STaSC', 'def
 
 # %% ../nbs/09_loop.ipynb #c5829c36
 import contextlib, dataclasses, hashlib, html, json, shutil, sys, time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from .core import Config, ConfigError, Question, StoreError, Variant, derive_seed
+from .core import Config, ConfigError, DataError, Question, StoreError, Variant, derive_seed
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
 from .prompt import Prompter, PromptSet, prompts_of
@@ -106,7 +107,7 @@ class STaSC:
         if reward: cfg = cfg.replace(reward=reward_name(reward))
         if cfg.reward == "<lambda>": raise ConfigError("reward: give the function a name (def ...), by which a run can be told from others")
         self.cfg, self.variant, self._reward, self._prompts = cfg, Variant(cfg.variant), reward, None
-        if data: check_leak(data.train, data.test)
+        if data: _check_data(data)
         if lm := getattr(engine, "lm", None): _same_model(lm.cfg, cfg)
         self.dir = RunDir(out or default_out(cfg))
         self.dir.check_same(cfg)
@@ -124,6 +125,13 @@ class STaSC:
         return run
 
 # %% ../nbs/09_loop.ipynb #dbafc4bd
+def _check_data(data):
+    "Questions that were handed over are checked as those from a file are."
+    for split in (data.train, data.test):
+        if twice := [i for i, n in Counter(q.id for q in split).items() if n > 1]:
+            raise DataError(f"data: {len(twice)} ids stand for more than one question ({', '.join(map(repr, twice[:3]))}); give each question its own")
+    check_leak(data.train, data.test)
+
 def _same_model(there, cfg):
     diff = [k for k in ("model", "finetune", "lora_r", "lora_alpha", "lora_dropout", "device", "dtype") if getattr(there, k) != getattr(cfg, k)]
     if diff: raise ConfigError(f"the engine was made with another {', '.join(diff)}; make one with Engine(cfg)")
