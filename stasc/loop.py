@@ -444,7 +444,7 @@ def _table(self) -> pd.DataFrame:
     return m[[c for c in _TABLE if c in m]].rename(columns=_TABLE).rename_axis("iteration").round(3)
 
 def _repr(self):
-    state = "complete" if self.n_done > self.cfg.iterations else f"{self.n_done} of {self.cfg.iterations + 1} iterations"
+    state = "complete" if self.n_done > self.cfg.iterations else f"{self.n_done} of the models M_0 to M_{self.cfg.iterations}"
     if self.n_done: state += f", {self.dir.disk_use() / 1e6:.1f} MB"
     return f"STaSC {self.cfg.variant} ({self.variant.words}) on {self.cfg.model}, {state}, in {self.dir.path.as_posix()}"
 
