@@ -5,8 +5,12 @@ SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.stasc-installed
 
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.stasc-installed
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-browser export readme lab clean
+.PHONY: help env demo test test-browser test-vllm export readme lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +37,18 @@ test-browser: env ## the browser, the report and the widgets in headless Chromiu
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
 	$(BIN)/python -m pytest tests/browser
 
+$(VLLM_STAMP): setup.py settings.ini pyproject.toml constraints-vllm.txt
+	test -d $(VLLM_BIN) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt torch
+	$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM_BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+test-vllm: export HF_HUB_OFFLINE = 1
+test-vllm: export STASC_VLLM = required
+test-vllm: $(VLLM_STAMP) ## the vLLM sampler on vLLM's CPU build, in .venv-vllm
+	$(VLLM_BIN)/python -m pytest tests/vllm
+
 export: env ## clean the notebooks and write the modules from them
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
@@ -44,7 +60,7 @@ readme: env ## write README.md from nbs/index.ipynb
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
-clean: ## remove what builds and tests leave behind; runs/ and .venv stay
+clean: ## remove what builds and tests leave behind; runs/, .venv and .venv-vllm stay
 	rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis
 	find stasc nbs tests .ci -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

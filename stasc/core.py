@@ -148,6 +148,7 @@ class Config:
     top_k: int = opt(0, "at most this many tokens to draw from; 0 is no limit", 0)
     max_new_tokens: int = opt(256, "a text that reaches it is cut off", 1)
     sample_batch: int = opt(64, "texts decoded together", 1, free=True)
+    sampler: str = opt("hf", "what draws the texts: transformers, or vLLM (extra vllm)", choices=("hf", "vllm"))
     # model and fine-tuning
     model: str = opt("embedded", "embedded, a Hugging Face Hub id or a local folder")
     finetune: str = opt("lora", "what is trained", choices=("lora", "qlora", "full"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import Config, TrainError
 from .sample import HFSampler, ScriptedSampler
+from .sample_vllm import VLLMSampler, check_vllm
 
 # %% ../nbs/07_train.ipynb #efda9b09
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ class Engine:
     "A model to sample from and to fine-tune."
     def __init__(self, cfg: Config):
         from stasc.model import LM
+        if cfg.sampler == "vllm": check_vllm(cfg)                   # before a model is loaded
         self.lm, self.cfg = LM(cfg), cfg
-        self.sampler = HFSampler(self.lm, cfg.sample_batch)
+        self.sampler = dict(hf=HFSampler, vllm=VLLMSampler)[cfg.sampler](self.lm, cfg.sample_batch)
         self.use, self.sample = self.sampler.use, self.sampler.sample
         self.tokenizer, self.context_length = self.lm.tokenizer, self.lm.context_length
 
@@ -110,6 +112,7 @@ class Engine:
               out: Path,                    # empty folder for the result
               cfg: Config, seed: int) -> dict:
         "Fine-tune and save."
+        if self.cfg.sampler == "vllm": self.sampler.rest()
         self.lm.start(start, seed)
         report = fine_tune(self.lm, examples, cfg, seed)
         self.lm.save(out)
