@@ -105,7 +105,7 @@ class Engine:
 
     def describe(self):
         "What was chosen, in one line."
-        return self.lm.describe()
+        return self.lm.describe() + (", sampled with vLLM" if self.cfg.sampler == "vllm" else "")
 
     def train(self, examples: list[Example],
               start: Path|None,             # folder to continue from; None starts from M_0
