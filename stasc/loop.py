@@ -257,11 +257,12 @@ def _draw_initial(self, n, phase, questions, count):
 STaSC._answer_columns, STaSC._draw_initial = _answer_columns, _draw_initial
 
 # %% ../nbs/09_loop.ipynb #15e1907c
-def _draw_corrections(self, n, phase, questions, count, initial):
-    "Step 2: corrections by M_n of each initial answer in the table `initial`."
-    split, texts = phase.split(".")[1], {}
-    for q, j, text in zip(initial.question_id, initial.init_index, initial.init_text): texts.setdefault(q, []).append((int(j), text))
+def _draw_corrections(self, n, phase, questions, count):
+    "Step 2: corrections by M_n of each initial answer."
+    split = phase.split(".")[1]
     for part, qs in self._parts(n, phase, questions):
+        initial, texts = self._initial(n, split, part), {}
+        for q, j, text in zip(initial.question_id, initial.init_index, initial.init_text): texts.setdefault(q, []).append((int(j), text))
         asked = [(q, j, text) for q in qs for j, text in texts[q.id]]
         seeds = [[derive_seed(self.cfg.seed, n, phase, q.id, j, k) for k in range(count)] for q, j, _ in asked]
         drawn = self._draw([self.prompter.correction(q, text) for q, _, text in asked], count, seeds)
@@ -272,9 +273,9 @@ def _draw_corrections(self, n, phase, questions, count, initial):
 STaSC._draw_corrections = _draw_corrections
 
 # %% ../nbs/09_loop.ipynb #1c90edb8
-def _initial(self, n, split):
-    "The table of initial answers that M_n corrects."
-    return self.dir.table(n if self.variant.evolving_init else 0, f"initial.{split}")
+def _initial(self, n, split, part):
+    "A part of the initial answers that M_n corrects."
+    return self.dir.table(n if self.variant.evolving_init else 0, f"initial.{split}", part, token_ids=False)
 
 def _say(self, n):
     "Draw all that M_n says: on the training questions and, once each, on the held-out ones."
@@ -282,17 +283,22 @@ def _say(self, n):
     for split, questions, n_init, n_corr in (("train", d.train, c.n_init, c.n_corr), ("test", d.test, c.n_test_init, c.n_test_corr)):
         if n == 0 or self.variant.evolving_init: self._draw_initial(n, f"initial.{split}", questions, n_init)
         elif split == "test": self._draw_initial(n, "transfer.test", questions, n_init)
-        self._draw_corrections(n, f"corrections.{split}", questions, n_corr, self._initial(n, split))
+        self._draw_corrections(n, f"corrections.{split}", questions, n_corr)
 
 STaSC._initial, STaSC._say = _initial, _say
 
 # %% ../nbs/09_loop.ipynb #f13dfe64
-def _pairs(self, n, split, pairing="sampled"):
-    "Trajectories of M_n on a split, each with whether the filter keeps it and why (not); test is never kept."
-    initial = self._initial(n, split).drop(columns=["iteration", "split"])
-    pairs = pair(initial, self.dir.table(n, f"corrections.{split}"), pairing)
-    out = apply_filter(pairs, self.cfg.filter_name, self.cfg.threshold)
-    return out if split == "train" else out.assign(kept=False)
+def _by_part(self, n, split, pairing="sampled", token_ids=False):
+    "Trajectories of M_n on a split, part by part, each with whether the filter keeps it and why (not); test is never kept."
+    for part in range(len(self.dir.part_names(n, f"corrections.{split}"))):
+        initial = self._initial(n, split, part).drop(columns=["iteration", "split"])
+        pairs = pair(initial, self.dir.table(n, f"corrections.{split}", part, token_ids), pairing)
+        out = apply_filter(pairs, self.cfg.filter_name, self.cfg.threshold)
+        yield out if split == "train" else out.assign(kept=False)
+
+def _pairs(self, n, split, pairing="sampled", token_ids=True):
+    "The same as one table."
+    return pd.concat(self._by_part(n, split, pairing, token_ids), ignore_index=True)
 
 def _examples(self, kept):
     "Kept pairs as prompts and the ids that were generated."
@@ -301,15 +307,15 @@ def _examples(self, kept):
         if (q, text) not in prompts: prompts[q, text] = tuple(self.prompter.correction(questions[q], text, training=True))
     return [Example(prompts[q, text], tuple(ids)) for q, text, ids in zip(kept.question_id, kept.init_text, kept.corr_token_ids)]
 
-STaSC._pairs, STaSC._examples = _pairs, _examples
+STaSC._by_part, STaSC._pairs, STaSC._examples = _by_part, _pairs, _examples
 
 # %% ../nbs/09_loop.ipynb #ee2696e5
 def _fit(self, n) -> bool:      # False where nothing was kept
     "Make M_n from what M_{n-1} said."
     name, kept_name = f"iter_{n:02d}/{self._kind}", f"iter_{n:02d}/kept.parquet"
     if self.dir.done(name) and self.dir.done(kept_name): return True
-    began, pairs = time.perf_counter(), self._pairs(n - 1, "train", self.cfg.pairing)
-    kept = pairs[pairs.kept]
+    began = time.perf_counter()
+    kept = pd.concat([t[t.kept] for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True)])
     if not self.dir.done(kept_name): self.dir.write(kept_name, kept[_KEPT].to_dict("records"), "kept")
     if kept.empty: return False
     self._call("on_phase", n, "train", 0, len(kept))
@@ -412,10 +418,10 @@ def _measure(self, n) -> dict:
     "What goes into metrics.json."
     out = dict(iteration=n, n_kept=len(self.dir.table(n, "kept")) if n else 0)
     for split in ("test", "train"):
-        t = self._pairs(n, split)
+        t = pd.concat([t[["init_reward", "corr_reward"]] for t in self._by_part(n, split)])
         out[split] = split_metrics(t.init_reward, t.corr_reward, self.cfg.threshold)
     if n and not self.variant.evolving_init:
-        t = self.dir.table(n, "transfer.test")
+        t = self.dir.table(n, "transfer.test", token_ids=False)
         out["transfer"] = dict(n=len(t), acc_t1=float(t.init_reward.mean()))
     return out
 
@@ -427,8 +433,7 @@ def _getitem(self, n: int) -> Iteration:
     done = self.n_done
     if not -done <= n < done: raise IndexError(f"iteration {n} is not there: {done} are complete")
     n %= done
-    t = self._pairs(n, "test")
-    return Iteration(n, self._read_metrics(n), self._example(t[t.outcome == "improved"]), self._example(t[t.outcome == "worsened"]))
+    return Iteration(n, self._read_metrics(n), self._example(n, "improved"), self._example(n, "worsened"))
 
 def _read_metrics(self, n):
     f = self.dir/f"iter_{n:02d}"/"metrics.json"
@@ -436,8 +441,9 @@ def _read_metrics(self, n):
     if not (isinstance(metrics, dict) and {"n_kept", "train", "test"} <= set(metrics)): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
     return metrics
 
-def _example(self, rows):
-    if rows.empty: return None
+def _example(self, n, outcome):
+    rows = next((found for t in self._by_part(n, "test") if len(found := t[t.outcome == outcome])), None)
+    if rows is None: return None
     r, q = rows.iloc[0].to_dict(), {q.id: q for q in self.data.test}
     return dict(question=q[r["question_id"]].text, reference=" / ".join(q[r["question_id"]].references), **r)
 
@@ -452,10 +458,10 @@ def _metrics(self) -> pd.DataFrame:
 
 def _trajectories(self) -> pd.DataFrame:
     "One row for each (iteration, split, question, j, k), without token ids."
-    tables = [self._pairs(n, split).assign(iteration=n, split=split) for n in range(self.n_done) for split in ("train", "test")]
+    tables = [t.assign(iteration=n, split=split) for n in range(self.n_done) for split in ("train", "test") for t in self._by_part(n, split)]
     out = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["iteration", "split", "question_id"])
     first = ["iteration", "split", "question_id", "init_index", "corr_index"]
-    return out[first + [c for c in out if c not in first and not c.endswith("token_ids")]]
+    return out[first + [c for c in out if c not in first]]
 
 def _kept(self) -> pd.DataFrame:
     "One row for each pair that was trained on; `iteration` is the model that learned from it."
