@@ -4,16 +4,24 @@
 
 # %% auto #0
 __all__ = ['Config', 'Question', 'Sample', 'SamplingParams', 'StascError', 'Variant', 'all_variants', 'Data', 'load_questions',
-           'read_questions', 'FILTERS', 'apply_filter', 'pair', 'Iteration', 'LiveCurves', 'STaSC', 'split_metrics',
-           'exact_match', 'final_answer', 'get_reward', 'in_accuracy', 'judge', 'register', 'token_f1']
+           'read_questions', 'FILTERS', 'apply_filter', 'pair', 'Live', 'Iteration', 'STaSC', 'split_metrics',
+           'MEASURES', 'by_iteration', 'compare', 'gap', 'kept_correlation', 'measure', 'over_seeds', 'paper_table',
+           'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match', 'final_answer',
+           'get_reward', 'in_accuracy', 'judge', 'register', 'token_f1']
 
 # %% ../nbs/16_all.ipynb #a696204d
+import stasc.view                                   # gives `STaSC` its `browse` and `report`
 from .core import Config, Question, Sample, SamplingParams, StascError, Variant, all_variants
 from .data import Data, load_questions, read_questions
 from .filter import FILTERS, apply_filter, pair
-from .loop import Iteration, LiveCurves, STaSC, split_metrics
+from .live import Live
+from .loop import Iteration, STaSC, split_metrics
+from .metrics import MEASURES, by_iteration, compare, gap, kept_correlation, measure, over_seeds, paper_table
+from .patterns import PATTERNS, TAGS, add_pattern, examples, label, pattern_counts
 from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, register, token_f1
 
 _all_ = ["Config", "Question", "Sample", "SamplingParams", "StascError", "Variant", "all_variants", "Data", "load_questions", "read_questions",
-         "FILTERS", "apply_filter", "pair", "Iteration", "LiveCurves", "STaSC", "split_metrics",
+         "FILTERS", "apply_filter", "pair", "Live", "Iteration", "STaSC", "split_metrics",
+         "MEASURES", "by_iteration", "compare", "gap", "kept_correlation", "measure", "over_seeds", "paper_table",
+         "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
          "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "register", "token_f1"]
