@@ -193,6 +193,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                              'stasc.model._stop_ids': ('model.html#_stop_ids', 'stasc/model.py'),
                              'stasc.model._use': ('model.html#_use', 'stasc/model.py'),
                              'stasc.model._with_adapter': ('model.html#_with_adapter', 'stasc/model.py'),
+                             'stasc.model._with_gradient': ('model.html#_with_gradient', 'stasc/model.py'),
                              'stasc.model.choose_device': ('model.html#choose_device', 'stasc/model.py'),
                              'stasc.model.choose_dtype': ('model.html#choose_dtype', 'stasc/model.py'),
                              'stasc.model.embedded_path': ('model.html#embedded_path', 'stasc/model.py'),

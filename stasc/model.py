@@ -89,9 +89,16 @@ def load_base(cfg: Config,
                                                            output_loading_info=True, **kw)
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(f"the model {source} is not complete: {len(lacking)} weights are missing, {lacking[0]} among them")
-    return (model if cfg.finetune == "qlora" else model.to(device)).eval()
+    if cfg.finetune == "qlora": return _with_gradient(model).eval()
+    return model.to(device).eval()
 
 # %% ../nbs/05_model.ipynb #fca18f98
+def _with_gradient(model):
+    "Keep 4-bit weights in the one layout that gradients pass through."
+    for m in model.modules():
+        if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
+    return model
+
 @contextlib.contextmanager
 def _no_bar(source):
     "No progress bar for weights that are on disk already; a download keeps its own."

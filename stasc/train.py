@@ -66,9 +66,9 @@ def completion_loss(lm, batch,
     from torch.utils.checkpoint import checkpoint
     out, hidden, targets = hidden_states(lm, batch)
     def part(h, t): return torch.nn.functional.cross_entropy(head_logits(lm, out, h, t), t, reduction="sum")
-    pieces = max(1, math.ceil(len(targets) * lm.get_output_embeddings().weight.shape[0] / piece))
-    parts = list(zip(hidden.tensor_split(pieces), targets.tensor_split(pieces)))
-    total = sum(checkpoint(part, h, t, use_reentrant=False) if pieces > 1 else part(h, t) for h, t in parts)
+    rows = max(1, piece // lm.get_output_embeddings().weight.shape[0])
+    parts = list(zip(hidden.split(rows), targets.split(rows)))
+    total = sum(checkpoint(part, h, t, use_reentrant=False) if len(parts) > 1 else part(h, t) for h, t in parts)
     return total / (len(targets) if n is None else n)
 
 # %% ../nbs/07_train.ipynb #5f91dc2a

@@ -368,6 +368,27 @@ def test_examples_leave_the_training_prompt_where_asked(embedded):
     assert without.correction(q, "2", training=True) == none.correction(q, "2") != without.correction(q, "2")
 
 
+def test_gradients_through_a_quantised_base_are_those_of_its_weights_also_after_sampling(examples):
+    "bitsandbytes may pack weights anew in evaluation mode, into a layout that has no gradient."
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+    engine, made = Engine(Config.demo(device="cpu", finetune="qlora", train_batch=4)), []
+    batch = collate(examples, engine.lm.pad_id)
+    for first in ("train", "sample"):
+        if first == "sample":
+            engine.lm.model.eval()
+            with torch.no_grad(): engine.lm.model(batch["input_ids"])
+        engine.lm.start(None, 0)
+        engine.lm.model.train()
+        with torch.no_grad():
+            for n, p in engine.lm.model.named_parameters():
+                if "lora_B" in n: p.fill_(0.01)
+        made.append(loss_and_gradient(engine.lm.model, completion_loss(engine.lm.base, batch)))
+    assert made[0][0] == made[1][0] and torch.equal(made[0][1], made[1][1])
+    # the decoder's first layer has a gradient that came through the layers above
+    first = next(p for n, p in engine.lm.model.named_parameters() if "layers.0.self_attn.q_proj.lora_A" in n)
+    assert first.grad.abs().max() > 0
+
+
 # --- a training that fails
 
 def spoil(monkeypatch, lm, step):
