@@ -114,7 +114,7 @@ def markdown(given, there, med):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("repeats", 5), ("hidden", 256), ("layers", 4), ("n", 16), ("batch", 8), ("prompt", 600), ("completion", 60)):
+    for name, default in (("repeats", 5), ("hidden", 256), ("layers", 4), ("n", 8), ("batch", 4), ("prompt", 600), ("completion", 60)):
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--finetune", default="lora", choices=("lora", "full"))
     p.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))

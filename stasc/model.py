@@ -6,7 +6,7 @@
 __all__ = ['choose_device', 'choose_dtype', 'embedded_path', 'find_model', 'load_tokenizer', 'load_base', 'LM']
 
 # %% ../nbs/05_model.ipynb #7531d009
-import contextlib, json, warnings
+import contextlib, json, logging, warnings
 from pathlib import Path
 import stasc
 from .core import Config, ModelError, unknown
@@ -82,6 +82,7 @@ def load_base(cfg: Config,
     "Load the base model."
     import torch
     from transformers import AutoModelForCausalLM
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)      # would like a kernel from the Hub
     kw = dict(dtype=torch.float32 if cfg.finetune == "full" else getattr(torch, dtype))
     if cfg.finetune == "qlora": kw |= dict(quantization_config=_nf4(getattr(torch, dtype)), device_map={"": device})
     with _explained(source, "model"), _no_bar(source):
