@@ -8,10 +8,11 @@ __all__ = ['split_metrics', 'Iteration', 'Progress', 'LiveCurves', 'STaSC', 'def
 # %% ../nbs/09_loop.ipynb #c5829c36
 import contextlib, dataclasses, hashlib, html, json, shutil, sys, time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from .core import Config, ConfigError, DataError, Question, StoreError, Variant, derive_seed
+from .core import Config, ConfigError, DataError, Question, StoreError, Variant, derive_seed, visible
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
 from .prompt import Prompter, PromptSet, prompts_of
@@ -60,7 +61,7 @@ def _iteration_html(it):
                         [[s, *(num(s, k) for k in ("acc_t1", "acc_t2", "i_to_c", "c_to_i"))] for s in ("train", "test")])
     shown = [(w, t) for w, t in (("fixed", it.fixed), ("broken", it.broken)) if t]
     texts = _table_html(["", "question", "initial answer", "correction", "reference"],
-                        [[w, *(html.escape(str(t[k])) for k in ("question", "init_text", "corr_text", "reference"))] for w, t in shown])
+                        [[w, *(html.escape(visible(str(t[k]))) for k in ("question", "init_text", "corr_text", "reference"))] for w, t in shown])
     return f"<b>M<sub>{it.n}</sub></b>{made}{rates}{texts if shown else ''}"
 
 # %% ../nbs/09_loop.ipynb #cc80c4dd
@@ -193,16 +194,17 @@ STaSC._call = _call
 # %% ../nbs/09_loop.ipynb #1d9ac381
 def _parts(self, n, phase, questions):
     "Parts (index, questions) of a phase that are still to be drawn; the model is M_n by then."
-    size, began = self.cfg.part_size, None
+    size, began, self._sampling = self.cfg.part_size, None, 0.
     for part, a in enumerate(range(0, len(questions), size)):
         if not self.dir.done(part_name(n, phase, part)):
             began = began or time.perf_counter()
             self._call("on_phase", n, phase, a, len(questions))
             self.engine.use(self._model_folder(n))                  # for each part: a callback may have asked another model
             yield part, questions[a:a + size]
+    self._settle()
     if began is not None:
         self._call("on_phase", n, phase, len(questions), len(questions))
-        self.dir.log(iteration=n, phase=phase, seconds=round(time.perf_counter() - began, 3))
+        self.dir.log(iteration=n, phase=phase, seconds=round(time.perf_counter() - began, 3), model_seconds=round(self._sampling, 3))
 
 def _model_folder(self, n):
     "Where M_n is, its checksum compared once; None for M_0."
@@ -212,6 +214,27 @@ def _model_folder(self, n):
 
 STaSC._parts, STaSC._model_folder = _parts, _model_folder
 STaSC._kind = property(lambda self: "model" if self.cfg.finetune == "full" else "adapter")
+
+# %% ../nbs/09_loop.ipynb #671727f1
+def _draw(self, prompts, count, seeds):
+    "Draw from the model, and note how long that took."
+    began = time.perf_counter()
+    drawn = self.engine.sample(prompts, count, self.cfg.params, seeds)
+    self._sampling += time.perf_counter() - began
+    return drawn
+
+def _store(self, *args):
+    "Write a table in the background, after the one before it."
+    self._settle()
+    if self._writer is None: self._writer = ThreadPoolExecutor(1, "stasc-write")
+    self._pending = self._writer.submit(self.dir.write, *args)
+
+def _settle(self):
+    "Wait for the table that is being written; what went wrong with it is raised here."
+    pending, self._pending = self._pending, None
+    if pending is not None: pending.result()
+
+STaSC._draw, STaSC._store, STaSC._settle, STaSC._writer, STaSC._pending = _draw, _store, _settle, None, None
 
 # %% ../nbs/09_loop.ipynb #18778c6c
 def _answer_columns(self, which, question, sample, index):
@@ -226,10 +249,10 @@ def _draw_initial(self, n, phase, questions, count):
     split = phase.split(".")[1]
     for part, qs in self._parts(n, phase, questions):
         seeds = [[derive_seed(self.cfg.seed, n, phase, q.id, j, 0) for j in range(count)] for q in qs]
-        drawn = self.engine.sample([self.prompter.initial(q) for q in qs], count, self.cfg.params, seeds)
+        drawn = self._draw([self.prompter.initial(q) for q in qs], count, seeds)
         rows = [dict(iteration=n, split=split, question_id=q.id) | self._answer_columns("init", q, s, j)
                 for q, samples in zip(qs, drawn) for j, s in enumerate(samples)]
-        self.dir.write(part_name(n, phase, part), rows, "initial")
+        self._store(part_name(n, phase, part), rows, "initial")
 
 STaSC._answer_columns, STaSC._draw_initial = _answer_columns, _draw_initial
 
@@ -241,10 +264,10 @@ def _draw_corrections(self, n, phase, questions, count, initial):
     for part, qs in self._parts(n, phase, questions):
         asked = [(q, j, text) for q in qs for j, text in texts[q.id]]
         seeds = [[derive_seed(self.cfg.seed, n, phase, q.id, j, k) for k in range(count)] for q, j, _ in asked]
-        drawn = self.engine.sample([self.prompter.correction(q, text) for q, _, text in asked], count, self.cfg.params, seeds)
+        drawn = self._draw([self.prompter.correction(q, text) for q, _, text in asked], count, seeds)
         rows = [dict(iteration=n, split=split, question_id=q.id, init_index=j) | self._answer_columns("corr", q, s, k)
                 for (q, j, _), samples in zip(asked, drawn) for k, s in enumerate(samples)]
-        self.dir.write(part_name(n, phase, part), rows, "corrections")
+        self._store(part_name(n, phase, part), rows, "corrections")
 
 STaSC._draw_corrections = _draw_corrections
 
@@ -285,14 +308,15 @@ def _fit(self, n) -> bool:      # False where nothing was kept
     "Make M_n from what M_{n-1} said."
     name, kept_name = f"iter_{n:02d}/{self._kind}", f"iter_{n:02d}/kept.parquet"
     if self.dir.done(name) and self.dir.done(kept_name): return True
-    pairs = self._pairs(n - 1, "train", self.cfg.pairing)
-    kept, began = pairs[pairs.kept], time.perf_counter()
+    began, pairs = time.perf_counter(), self._pairs(n - 1, "train", self.cfg.pairing)
+    kept = pairs[pairs.kept]
     if not self.dir.done(kept_name): self.dir.write(kept_name, kept[_KEPT].to_dict("records"), "kept")
     if kept.empty: return False
     self._call("on_phase", n, "train", 0, len(kept))
     start = self._model_folder(n - 1) if self.variant.evolving_finetune else None
     with self.dir.folder(name) as out: report = self.engine.train(self._examples(kept), start, out, self.cfg, derive_seed(self.cfg.seed, n, "train") % 2**31)
-    self.dir.log(iteration=n, phase="train", seconds=round(time.perf_counter() - began, 3), **{k: v for k, v in report.items() if k != "seconds"})
+    report["model_seconds"] = round(report.pop("seconds"), 3)
+    self.dir.log(iteration=n, phase="train", seconds=round(time.perf_counter() - began, 3), **report)
     self._call("on_phase", n, "train", len(kept), len(kept))
     return True
 
@@ -323,10 +347,12 @@ def _make(self, n):
         if not self.dir.manifest: _store_questions(self)
         if n and not self._fit(n): self._call("on_run_end"); return None
         self._say(n)
+        began = time.perf_counter()
         self.dir.write_json(f"iter_{n:02d}/metrics.json", self._measure(n))
         self._prune(n)
+        it = self[n]
+        self.dir.log(iteration=n, phase="metrics", seconds=round(time.perf_counter() - began, 3), model_seconds=0.)
     except BaseException: self._call("on_stop"); raise
-    it = self[n]
     self._call("on_iteration", it)
     if n == self.cfg.iterations: self._call("on_run_end")
     return it
@@ -337,7 +363,11 @@ def _writing(self):
     self.reward                                                     # an unknown one is refused before anything is written
     self.dir.open(self.cfg, self.data.fingerprint, json.loads(json.dumps(dataclasses.asdict(self.prompts))))
     try: yield
-    finally: self.dir.close()
+    finally:
+        try: self._settle()                                         # a part that was drawn is not lost to an interruption
+        finally:
+            if self._writer is not None: self._writer.shutdown(); self._writer = None
+            self.dir.close()
 
 STaSC.step, STaSC._make, STaSC._writing = _step, _make, _writing
 
@@ -370,7 +400,7 @@ def _run(self,
 def _n_done(self) -> int:
     "How many iterations are complete, M_0 included."
     n, files = 0, {}
-    for name in self.dir.manifest: files.setdefault(name.split("/")[0], []).append(name)
+    for name in list(self.dir.manifest): files.setdefault(name.split("/")[0], []).append(name)
     there = lambda name: name.endswith("/model") or (self.dir/name).exists()        # a full model may have been pruned
     while (self.dir/f"iter_{n:02d}"/"metrics.json").exists() and all(map(there, files.get(f"iter_{n:02d}", []))): n += 1
     return n
@@ -471,6 +501,17 @@ def _curves(self):          # matplotlib Figure
     return fig
 
 STaSC.curves = _curves
+
+# %% ../nbs/09_loop.ipynb #2af07f4d
+def _timing(self) -> pd.DataFrame:      # index iteration, phase; seconds, model_seconds, other_seconds, other_share
+    "Seconds of each phase: of the model, and of everything around it."
+    f, rows = self.dir/"log.jsonl", []
+    for line in f.read_text(encoding="utf-8").splitlines() if f.exists() else []:
+        with contextlib.suppress(ValueError): rows.append(json.loads(line))                         # a killed run may have cut one short
+    t = pd.DataFrame(rows, columns=["iteration", "phase", "seconds", "model_seconds"]).groupby(["iteration", "phase"], sort=False).sum()    # a resumed phase has two lines
+    return t.assign(other_seconds=t.seconds - t.model_seconds, other_share=1 - t.model_seconds / t.seconds)
+
+STaSC.timing = _timing
 
 # %% ../nbs/09_loop.ipynb #c8450388
 def _evaluate(self, questions: list[Question],
