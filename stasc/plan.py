@@ -267,17 +267,16 @@ def _row(s, cfg, g, finetune, prompt, first, new, a) -> dict:
 
 def _notes(s, cfg, rows, prompt, first, new, a):
     "The plan in sentences."
-    name = dict(lora="LoRA", qlora="QLoRA", full="full fine-tuning")
+    way = dict(lora="LoRA", qlora="QLoRA", full="full fine-tuning")[cfg.finetune]
     own = [r for r in rows if r["finetune"] == cfg.finetune]
-    fit = [r for r in own if r["fits"]]
-    best = min(fit, key=lambda r: (GPUS[r["gpu"]].memory, GPUS[r["gpu"]].matrix), default=None)
-    yield_ = [f"{Path(cfg.model).name}, {sum(parameters(s).values()):,} parameters, {cfg.variant}, {cfg.iterations} iterations, {cfg.n_train} training questions, N_init {cfg.n_init}, N_corr {cfg.n_corr}."]
-    if best: yield_.append(f"The smallest card here for {name[cfg.finetune]} is {best['gpu']}: {best['peak']:.1f} of {GPUS[best['gpu']].memory:g} GB in {best['dtype']}, fine-tuning with {best['training']}, sampling with {best['sampling']}.")
-    else: yield_.append(f"None of these cards holds {name[cfg.finetune]}: it needs at least {min(r['peak'] for r in own):.1f} GB with the smallest batches.")
-    yield_ += [f"Reckoned with correction prompts of {prompt} tokens, first prompts of {first} and texts of {new:g} on average; say prompt= and first= where yours differ.",
-               f"Times assume {a.matrix:.0%} of the matrix rate, {a.bandwidth:.0%} of the bandwidth, {a.layer_ms} ms a layer and step, and {a.kept:.0%} of the corrections kept; none of them was measured on a GPU."]
-    if s.kind not in _KINDS: yield_.append(f"The model type {s.kind} is not known here: it is reckoned as a Llama of its size.")
-    return yield_
+    best = min((r for r in own if r["fits"]), key=lambda r: (GPUS[r["gpu"]].memory, GPUS[r["gpu"]].matrix), default=None)
+    said = [f"{Path(cfg.model).name}, {sum(parameters(s).values()):,} parameters, {cfg.variant}, {cfg.iterations} iterations, {cfg.n_train} training questions, N_init {cfg.n_init}, N_corr {cfg.n_corr}."]
+    if best: said.append(f"The smallest card here for {way} is the {best['gpu']}: {best['peak']:.1f} of {GPUS[best['gpu']].memory:g} GB in {best['dtype']}, fine-tuning with {best['training']}, sampling with {best['sampling']}.")
+    else: said.append(f"No card here holds {way}: it needs {min(r['peak'] for r in own):.1f} GB even with the smallest batches.")
+    said += [f"Reckoned with correction prompts of {prompt} tokens, first prompts of {first} and texts of {new:g} on average; give prompt and first where yours differ.",
+             f"Times assume {a.matrix:.0%} of the matrix rate, {a.bandwidth:.0%} of the bandwidth, {a.layer_ms} ms a layer and step, and {a.kept:.0%} of the corrections kept; none of this was measured on a GPU."]
+    if s.kind not in _KINDS: said.append(f"The model type {s.kind} is not known here: it is reckoned as a Llama of its size.")
+    return said
 
 # %% ../nbs/07b_plan.ipynb #eeac2e78
 def _cells(self):
