@@ -137,8 +137,8 @@ def _one(run):
 
 def _rows(run):
     "A run's trajectories."
-    if (rows := getattr(run, "trajectories", None)) is None: raise DataError(f"{_told(next(iter(named_runs(run))))} has no trajectories, which this picture is drawn from")
-    return rows
+    if (rows := getattr(run, "trajectories", None)) is not None: return rows
+    raise DataError(f"{_told(next(iter(named_runs(run))))} has no trajectories, which this picture is drawn from")
 
 def _model(run): return Path(str(getattr(getattr(run, "cfg", run), "model", None) or "")).name
 
@@ -199,9 +199,10 @@ def _label_end(ax, column, x, y, up, lines, text):
     at = lambda points: offset_copy(ax.transData, ax.figure, points, up, units="points")
     leader = dict(arrowstyle="-", color=_FAINT, lw=.7, shrinkA=0, shrinkB=4, relpos=(0, .5)) if abs(up) > 3 or column != x else None
     if column < ax.get_xlim()[1] - 1: lines = []                    # within the axes a marker would pass for a point
-    said = ax.annotate(text, (x, y), (column, y), textcoords=at(21 + 9 * len(lines) if lines else 9), va="center", size=11, color=_INK, arrowprops=leader, annotation_clip=False)
-    keys = [Line2D([column], [y], marker=l.get_marker(), ms=6, color=l.get_color(), mfc=l.get_markerfacecolor(), mec=l.get_color(), transform=at(22 + 9 * k), clip_on=False)
-            for k, l in enumerate(lines)]
+    said = ax.annotate(text, (x, y), (column, y), textcoords=at(21 + 9 * len(lines) if lines else 9), va="center", size=11, color=_INK,
+                       arrowprops=leader, annotation_clip=False)
+    keys = [Line2D([column], [y], marker=l.get_marker(), ms=6, color=l.get_color(), mfc=l.get_markerfacecolor(), mec=l.get_color(),
+                   transform=at(22 + 9 * k), clip_on=False) for k, l in enumerate(lines)]
     return [said, *map(ax.add_artist, keys)]
 
 def _legend(fig):
@@ -408,7 +409,8 @@ def heatmap(table,                              # of `paper_table` or `printed_t
     if not isinstance(table, pd.DataFrame): table = _table(table)
     numbers = [c for c in table if pd.api.types.is_numeric_dtype(table[c]) and c not in ("n_init", "n_corr")]
     if value not in numbers: raise DataError(unknown("column", value, numbers))
-    if table.empty or (lacking := [c for c in ("n_init", "n_corr") if c not in table]): raise DataError(f"the table has no {'rows' if table.empty else ' and '.join(lacking)}, so there is no grid to draw")
+    lacking = ["rows"] if table.empty else [c for c in ("n_init", "n_corr") if c not in table]
+    if lacking: raise DataError(f"the table has no {' and '.join(lacking)}, so there is no grid to draw")
     groups = list(table.groupby([c for c in ("model", "variant") if c in table] or (lambda _: 0), sort=False, dropna=False))
     shape = [sorted(table[c].unique()) for c in ("n_init", "n_corr")]
     fig, axes = _new(max(5, (1.5 * len(shape[1]) + 1.5) * len(groups)), 1.05 * len(shape[0]) + 2, 1, len(groups))
@@ -425,6 +427,11 @@ def _table(runs):
 
 _VALUES = dict(max_correction="max r(Ŷ²) over iterations", max_initial="max r(Ŷ¹) over iterations")
 
+def _cell(x, n, sd):
+    "What stands in a cell: the figure of one run with its deviation, or the mean of several."
+    if np.isnan(x): return "none"
+    return f"{x:.3f}" + (f"\nmean of {n}" if n > 1 else f"\n± {sd:.3f}" if np.isfinite(sd) else "")
+
 def _draw_grid(fig, ax, key, rows, value, shape):       # what is to be told
     "One panel of the heat map."
     from matplotlib.patches import Rectangle
@@ -434,8 +441,8 @@ def _draw_grid(fig, ax, key, rows, value, shape):       # what is to be told
     for (i, a), (j, b) in itertools.product(enumerate(v.index), enumerate(v.columns)):
         x, n = v.iloc[i, j], int(((rows.n_init == a) & (rows.n_corr == b) & rows[value].notna()).sum())
         if np.isnan(x): ax.add_patch(Rectangle((j - .5, i - .5), 1, 1, fc="white", ec=_FAINT, hatch="///", lw=0))
-        text = "none" if np.isnan(x) else f"{x:.3f}" + (f"\n± {sd.iloc[i, j]:.3f}" if n == 1 and sd is not None and sd.iloc[i, j] == sd.iloc[i, j] else f"\nmean of {n}" * (n > 1))
-        ax.text(j, i, text, ha="center", va="center", color="black" if np.isnan(x) else _on(image.cmap(image.norm(x))), bbox=dict(fc="white", ec="none", pad=1.5) if np.isnan(x) else None)
+        text = _cell(x, n, np.nan if sd is None else sd.iloc[i, j])
+        ax.text(j, i, text, ha="center", va="center", **(dict(bbox=dict(fc="white", ec="none", pad=1.5)) if np.isnan(x) else dict(color=_on(image.cmap(image.norm(x))))))
         told.append(f"({a}, {b}) {text.splitlines()[0]}")
     ax.set(xticks=range(len(shape[1])), xticklabels=shape[1], yticks=range(len(shape[0])), yticklabels=shape[0], xlabel="N_corr", ylabel="N_init")
     ax.grid(False); ax.tick_params(length=0)
@@ -588,7 +595,8 @@ def pattern_shares(labelled,                # made by `label`; or a run
     fig, axes = _new(8, 4.3)
     _stack(axes[0, 0], shares, dict(zip(shares, _AREAS)))
     axes[0, 0].set(title=f"{plain(name, 36)}\n{_SPLITS[split]}".strip(), ylabel="share of corrections")
-    return fig, f"Correction patterns{f' of {_told(name)}' * bool(name)} on {_SPLITS[split]}, {_iterations(shares)}: {', '.join(f'{_told(c)} {_from_to(shares[c])}' for c in shares)}."
+    told = ", ".join(f"{_told(c)} {_from_to(shares[c])}" for c in shares)
+    return fig, f"Correction patterns{f' of {_told(name)}' * bool(name)} on {_SPLITS[split]}, {_iterations(shares)}: {told}."
 
 # %% ../nbs/11_plot.ipynb #5c83353e
 def save(fig,                   # a picture of this module, or any matplotlib Figure
@@ -596,7 +604,8 @@ def save(fig,                   # a picture of this module, or any matplotlib Fi
         ):
     "Write a picture to a file, its alt text in it."
     kind = Path(path).suffix.lower()
-    if kind not in (".png", ".svg"): raise StoreError(f"{path}: a picture is saved as .png or .svg, not as {kind or 'a file without suffix'}; give the name another ending")
+    if kind not in (".png", ".svg"):
+        raise StoreError(f"{path}: a picture is saved as .png or .svg, not as {kind or 'a file without suffix'}; give the name another ending")
     data = _bytes(fig, kind[1:])
     with whole(path) as tmp: tmp.write_bytes(data)
 

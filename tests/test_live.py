@@ -288,10 +288,10 @@ def test_a_resumed_run_knows_its_pace_from_the_log(tmp_path):
     make(tmp_path / "run", iterations=1).run()
     run = make(tmp_path / "run", iterations=3)
     log = run.dir/"log.jsonl"
-    log.write_text("\n".join([json.dumps(dict(iteration=n, phase=p, seconds=6.0)) for n in (0, 1) for p in ("initial.train", "corrections.train")]
-                             + [json.dumps(dict(iteration=1, phase="train", seconds=5.0))]
-                             + ["", "{", "[]", "null", '{"phase": 3}', '{"iteration": 0, "phase": "nothing", "seconds": 1}', '{"iteration": 9, "phase": "train", "seconds": 1}',
-                                '{"iteration": 0, "phase": "initial.train", "seconds": "x"}', '{"iteration": 0, "phase": "initial.train", "seconds": -5}', '{"iteration": 1, "phase": "init']))
+    good = [dict(iteration=n, phase=p, seconds=6.0) for n in (0, 1) for p in ("initial.train", "corrections.train")] + [dict(iteration=1, phase="train", seconds=5.0)]
+    odd = [{}, [], None, dict(phase=3), dict(iteration=0, phase="nothing", seconds=1), dict(iteration=9, phase="train", seconds=1),
+           dict(iteration=0, phase="initial.train", seconds="x"), dict(iteration=0, phase="initial.train", seconds=-5)]
+    log.write_text("\n".join([*map(json.dumps, good + odd), "", "{", '{"iteration": 1, "phase": "init']))
     pace = timed_before(run)
     assert {k: len(v) for k, v in pace.seen.items()} == {"initial.train": 2, "corrections.train": 2, "train": 1}
     assert pace.seconds("initial.train", 6) == pytest.approx(6) and pace.seconds("train", int(run.metrics.n_kept[1])) == pytest.approx(5)

@@ -28,8 +28,8 @@ from stasc.plot import (alarm_rates, alarms, correlation, figure_html, heatmap, 
                         transitions)
 from stasc.train import ScriptedEngine
 
-NAMES = [n for n in HOSTILE.values()] + ["", " ", "$", "$$", r"\$x_1$", r"$\frac{", "long name " * 30, "실험 実験 😀", "\u0627\u0644\u0639\u0631\u0628\u064a\u0629", "z" + "\u0301\u0316" * 60,
-                                         "a\nb\tc", "\ufdfd" * 40, "^_^{}", "%s %d {x}", "_hidden"]
+NAMES = [*HOSTILE.values(), "", " ", "$", "$$", r"\$x_1$", r"$\frac{", "long name " * 30, "실험 実験 😀", "\u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+         "z" + "\u0301\u0316" * 60, "a\nb\tc", "\ufdfd" * 40, "^_^{}", "%s %d {x}", "_hidden"]
 
 
 def table(runs=1, iterations=5, seed=0, n=20, questions=6):
@@ -358,12 +358,27 @@ def test_matplotlib_is_loaded_when_something_is_drawn():
 
 # --- what cannot be drawn
 
+OLD = published("qwen", "EIE")[0]
+NEW = SimpleNamespace(name="new", metrics=pd.DataFrame())
+
+
 @pytest.mark.parametrize("draw, says", [
-    (lambda r: reward_curves(r, split="dev"), "unknown split 'dev'"), (lambda r: side_by_side([r], "accuracy"), "unknown measure"), (lambda r: side_by_side([r], split="x"), "unknown split"),
-    (lambda r: side_by_side([]), "no runs"), (lambda r: heatmap(pd.DataFrame(dict(n_init=[1], x=[2.]))  , "x"), "n_corr"), (lambda r: heatmap(paper_table([r]), "max"), "unknown column"),
-    (lambda r: heatmap(paper_table([r]).iloc[:0]), "no rows"), (lambda r: transitions(published("qwen", "EIE")[0]), "no trajectories"), (lambda r: alarms(published("qwen", "EIE")[0]), "no trajectories"),
-    (lambda r: alarms(r, "dev"), "unknown split"), (lambda r: transitions(r, "dev"), "unknown split"), (lambda r: pattern_shares(r, "dev"), "unknown split"), (lambda r: kept_counts(run_of(table(iterations=0))), "no corrections have been filtered"), (lambda r: correlation(run_of(table(iterations=0))), "no change to draw"),
-    (lambda r: reward_curves(SimpleNamespace(name="new", metrics=pd.DataFrame())), "no complete iteration"), (lambda r: kept_counts({"new": SimpleNamespace(metrics=pd.DataFrame())}), "no complete iteration"),
+    (lambda r: reward_curves(r, split="dev"), "unknown split 'dev'"),
+    (lambda r: reward_curves(NEW), "no complete iteration"),
+    (lambda r: side_by_side([r], "accuracy"), "unknown measure"),
+    (lambda r: side_by_side([r], split="x"), "unknown split"),
+    (lambda r: side_by_side([]), "no runs"),
+    (lambda r: heatmap(pd.DataFrame(dict(n_init=[1], x=[2.])), "x"), "n_corr"),
+    (lambda r: heatmap(paper_table([r]), "max"), "unknown column"),
+    (lambda r: heatmap(paper_table([r]).iloc[:0]), "no rows"),
+    (lambda r: transitions(OLD), "no trajectories"),
+    (lambda r: transitions(r, "dev"), "unknown split"),
+    (lambda r: alarms(OLD), "no trajectories"),
+    (lambda r: alarms(r, "dev"), "unknown split"),
+    (lambda r: kept_counts(run_of(table(iterations=0))), "no corrections have been filtered"),
+    (lambda r: kept_counts({"new": NEW}), "no complete iteration"),
+    (lambda r: correlation(run_of(table(iterations=0))), "no change to draw"),
+    (lambda r: pattern_shares(r, "dev"), "unknown split"),
     (lambda r: pattern_shares(r.trajectories), "label")])
 def test_what_cannot_be_drawn_is_said_in_one_sentence(run, draw, says):
     with pytest.raises(StascError, match=says) as e: draw(run)

@@ -231,13 +231,14 @@ def test_a_text_is_typed_and_explained(demo, folder):
 
     out.get_by_label("text", exact=True).fill("")
     out.get_by_label("text", exact=True).press_sequentially("The final answer is hard.\nFinal Answer: **The Big-Ben!**", delay=5)
-    out.get_by_label("references").fill("London Eye\nbig ben")
+    out.get_by_label("references").fill("")
+    out.get_by_label("references").press_sequentially("London Eye\n\nbig ben", delay=30)
     eventually([["The Big-Ben!"], "Final Answer:"], lambda: [out.locator("mark").all_inner_texts(), out.locator("pre u").first.inner_text().strip()])
     eventually("big ben", lambda: dict((r[0] + r[1], r[-1]) for r in table(out)).get("exact_matchfinal"))
     assert dict((r[0] + r[1], r[2]) for r in table(out))["in_accuracyfull"] == "1.000"
     assert ["final answer", "The Big-Ben!", "big · ben"] in table(out, 1)
     assert out.locator("pre s").inner_text().strip() == "final answer is"
-    assert "a text of your own" in out.inner_text()
+    assert "a text of your own" in out.inner_text() and out.get_by_label("references").input_value() == "London Eye\n\nbig ben"
     shot(demo, 3, "rewards_typed")
     out.get_by_label("step through").select_option("all texts")
     out.get_by_role("button", name="next").click()
