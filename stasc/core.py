@@ -158,6 +158,7 @@ class Config:
     epochs: int = opt(1, "passes over the kept corrections in each iteration", 1, 1000)
     train_batch: int = opt(8, "corrections per forward pass", 1)
     grad_accumulation: int = opt(1, "forward passes per optimiser step", 1)
+    gradient_checkpointing: str = opt("auto", "compute activations twice to save memory; auto: once memory has run out", choices=("auto", "on", "off"), free=True)
     learning_rate: float = opt(1e-4, "peak learning rate", 0, 1)
     schedule: str = opt("cosine", "learning-rate schedule", choices=("cosine", "linear", "constant_with_warmup"))
     warmup: float = opt(0.03, "share of the steps in which the rate rises", 0, 0.99)
