@@ -24,14 +24,16 @@ def machine():
 
 def alternate(runs,             # name to a function without arguments; it returns how much it did (tokens, rows, ...)
               times=5,          # rounds; in each round every function runs once
-              warm_up=True):    # one round that is not counted
+              warm_up=True,     # one round that is not counted
+          cpu_time=False):  # processor time, where others use the machine as well
     "Rates of each function, in rounds that alternate so that a slow minute of the machine meets all of them."
     rates = {name: [] for name in runs}
+    clock = time.process_time if cpu_time else time.perf_counter
     for k in range(times + warm_up):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             amount = run()
-            rate = amount / (time.perf_counter() - start)
+            rate = amount / (clock() - start)
             if k >= warm_up: rates[name].append(rate)
             print(f"  {'warm-up' if k < warm_up else f'round {k + 1 - warm_up}'}  {name:32s} {rate:12,.1f}/s", file=sys.stderr, flush=True)
     return rates

@@ -72,13 +72,16 @@ class Cohort:
         self.prompt = [o.zero_() for o in layout.room(len(suffixes), max(map(len, suffixes)))]      # no NaN where a prompt is shorter
         self.bias = _hide_padding(lengths, self.prompt[0].shape[3])
         self.text = layout.room(sum(counts), limit)
-        of = np.repeat(np.arange(len(counts)), counts)
-        self.of = torch.as_tensor(of, device=layout.device)                                    # prompt of each text
-        self.nth = torch.as_tensor(np.arange(len(of)) - (np.cumsum(counts) - counts)[of], device=layout.device)
-        self.width = max(counts)
+        self._number(np.repeat(np.arange(len(counts)), counts))
 
-    @property
-    def rows(self): return len(self.of)
+    def _number(self, of):              # (rows,) prompt of each text
+        "Note which prompt each text has, and the how-manieth text of it it is."
+        import torch
+        order = np.argsort(of, kind="stable")
+        nth = np.empty(len(of), np.int64)
+        nth[order] = np.arange(len(of)) - np.searchsorted(of[order], of[order])
+        self.host, self.width, self.rows = of, int(nth.max(initial=0)) + 1, len(of)
+        self.of, self.nth = (torch.as_tensor(o, device=self.layout.device) for o in (of, nth))
 
 def _hide_padding(lengths, longest):
     "0 where a prompt has a token, -inf where it has none (prompts, 1, 1, tokens); None where all are of one length."
@@ -115,17 +118,20 @@ def _keep(self, alive: np.ndarray,      # (rows,) bool
     if len(gaps):
         to, src = (torch.as_tensor(o, device=self.of.device) for o in (np.flatnonzero(~alive[:stay]), gaps))
         for kept in self.text: kept[:, to, :, :self.t] = kept[:, src, :, :self.t]
-    index = torch.as_tensor(order, device=self.of.device)
-    self.of, self.nth = self.of[index], self.nth[index]
+    self._number(self.host[order])
+    if len(np.unique(self.host)) < 0.75 * self.prompt[0].shape[1]: self.shrink()
     return order
 
 def _shrink(self):
     "Give back the room of rows and prompts that have left."
+    import torch
     if self.rows < self.text[0].shape[1]: self.text = [o[:, :self.rows].clone() for o in self.text]
-    left, of = self.of.unique(return_inverse=True)
+    left, of = np.unique(self.host, return_inverse=True)
     if len(left) == self.prompt[0].shape[1]: return
-    self.prompt, self.of = [o[:, left] for o in self.prompt], of
-    if self.bias is not None: self.bias = self.bias[left]
+    index = torch.as_tensor(left, device=self.layout.device)
+    self.prompt = [o[:, index] for o in self.prompt]
+    if self.bias is not None: self.bias = self.bias[index]
+    self._number(of)
 
 Cohort.keep, Cohort.shrink = _keep, _shrink
 

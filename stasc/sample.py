@@ -81,7 +81,7 @@ def _inverse_cdf(p, u):
     return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp_(max=p.shape[-1] - 1)
 
 # %% ../nbs/06_sample.ipynb #12f23228
-_FIRST = 128        # tokens that hold top_p in nearly every case
+_FIRST = 31         # tokens that hold top_p in nearly every case
 
 def _choose(p, params, u):
     "Token ids drawn from probabilities (batch, vocabulary) after top-k and top-p."
