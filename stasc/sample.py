@@ -230,8 +230,8 @@ def _shared(self, requests, rows, params):
     import torch
     lm, stop = self.lm, self.lm.stop_ids
     with serving(lm):
-        prefix = requests[0].prompt[:common_prefix([r.prompt for r in requests])]
-        shared, growing, waiting = Shared(lm, look(lm), prefix), [], requests[::-1]
+        same = common_prefix([r.prompt for r in requests])
+        shared, growing, waiting = Shared(lm, look(lm), requests[0].prompt[:same if same >= _WORTH else 0]), [], requests[::-1]
         while waiting or growing:
             free = rows - sum(map(len, growing))
             if waiting and len(waiting[-1].places) <= free >= rows // 4:
@@ -246,6 +246,8 @@ def _shared(self, requests, rows, params):
                 drawn = _numpy(*draw(shared.step(tokens, at), params, uniforms(np.concatenate([g.seeds for g in growing]), np.repeat([g.t for g in growing], list(map(len, growing))))))
                 splits = np.cumsum([len(g) for g in growing])[:-1]
                 yield from _let_go(lm, shared, growing, [(g, c, g.add(*o)) for g, c, *o in zip(growing, shared.cohorts, *(np.split(o, splits) for o in drawn))])
+
+_WORTH = 32         # tokens of a common prefix from which on it is kept apart
 
 def _numpy(*tensors): return [o.cpu().numpy() for o in tensors]
 
