@@ -1,14 +1,15 @@
 # GNU make; `make help` lists the targets. PYTHON=... picks the interpreter of a new environment.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.stasc-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test export readme lab clean
+.PHONY: help env demo test test-browser export readme lab clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 env: $(STAMP) ## set up .venv with the versions of constraints.txt
 
@@ -25,6 +26,12 @@ test: env ## everything in step, every notebook runs, every test passes
 	$(BIN)/python .ci/check.py
 	$(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python -m pytest tests
+
+test-browser: export STASC_BROWSER = required
+test-browser: env ## the browser, the report and the widgets in headless Chromium (Debian's; installed where missing)
+	command -v chromium >/dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium fonts-dejavu-core; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	$(BIN)/python -m pytest tests/browser
 
 export: env ## clean the notebooks and write the modules from them
 	$(BIN)/nbdev_clean

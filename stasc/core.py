@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['StascError', 'ConfigError', 'DataError', 'PromptError', 'RewardError', 'ModelError', 'SampleError', 'FilterError',
            'TrainError', 'StoreError', 'unknown', 'Question', 'Sample', 'SamplingParams', 'Variant', 'all_variants',
-           'derive_seed', 'opt', 'Config', 'read_mapping']
+           'derive_seed', 'opt', 'Config', 'read_mapping', 'visible']
 
 # %% ../nbs/00_core.ipynb #e4c2a166
-import dataclasses, difflib, hashlib, json, typing
+import dataclasses, difflib, hashlib, json, re, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -157,6 +157,7 @@ class Config:
     epochs: int = opt(1, "passes over the kept corrections in each iteration", 1, 1000)
     train_batch: int = opt(8, "corrections per forward pass", 1)
     grad_accumulation: int = opt(1, "forward passes per optimiser step", 1)
+    gradient_checkpointing: str = opt("auto", "compute activations twice to save memory; auto: once memory has run out", choices=("auto", "on", "off"), free=True)
     learning_rate: float = opt(1e-4, "peak learning rate", 0, 1)
     schedule: str = opt("cosine", "learning-rate schedule", choices=("cosine", "linear", "constant_with_warmup"))
     warmup: float = opt(0.03, "share of the steps in which the rate rises", 0, 0.99)
@@ -293,3 +294,20 @@ Config.changed = _changed
 Config.__repr__ = lambda self: f"Config({', '.join(f'{k}={v!r}' for k, v in self.changed().items())})"
 Config.params = property(lambda self: SamplingParams(self.temperature, self.top_p, self.top_k, self.max_new_tokens),
                          doc="How tokens are drawn.")
+
+# %% ../nbs/00_core.ipynb #888deed4
+_NAMES = {0x061C: "ALM", 0x200B: "ZWSP", 0x200E: "LRM", 0x200F: "RLM", 0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO", 0x202E: "RLO",
+          0x2028: "LS", 0x2029: "PS", 0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI", 0xFEFF: "BOM", 0x7F: "DEL"}
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+def _seen(m):
+    code = ord(m[0])
+    if code < 32: return chr(0x2400 + code)
+    return "\ufffd" if 0xD800 <= code < 0xE000 else f"⟨{_NAMES.get(code, f'{code:02X}')}⟩"
+
+def visible(text: str,              # as a model wrote it
+            limit: int = 20_000,    # characters shown
+           ) -> str:
+    "A text that can be shown anywhere: characters that act unseen get a visible name, a very long text ends early and says so."
+    if len(text) > limit: text = f"{text[:limit]}\n… {len(text) - limit:,} more characters are in the run directory"
+    return _UNSEEN.sub(_seen, text.replace("\r\n", "\n"))

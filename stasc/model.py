@@ -6,7 +6,7 @@
 __all__ = ['choose_device', 'choose_dtype', 'embedded_path', 'find_model', 'load_tokenizer', 'load_base', 'LM']
 
 # %% ../nbs/05_model.ipynb #7531d009
-import contextlib, json, warnings
+import contextlib, json, logging, warnings
 from pathlib import Path
 import stasc
 from .core import Config, ModelError, unknown
@@ -82,6 +82,7 @@ def load_base(cfg: Config,
     "Load the base model."
     import torch
     from transformers import AutoModelForCausalLM
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)      # would like a kernel from the Hub
     kw = dict(dtype=torch.float32 if cfg.finetune == "full" else getattr(torch, dtype))
     if cfg.finetune == "qlora": kw |= dict(quantization_config=_nf4(getattr(torch, dtype)), device_map={"": device})
     with _explained(source, "model"), _no_bar(source):
@@ -89,9 +90,16 @@ def load_base(cfg: Config,
                                                            output_loading_info=True, **kw)
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(f"the model {source} is not complete: {len(lacking)} weights are missing, {lacking[0]} among them")
-    return (model if cfg.finetune == "qlora" else model.to(device)).eval()
+    if cfg.finetune == "qlora": return _with_gradient(model).eval()
+    return model.to(device).eval()
 
 # %% ../nbs/05_model.ipynb #fca18f98
+def _with_gradient(model):
+    "Keep 4-bit weights in the one layout that gradients pass through."
+    for m in model.modules():
+        if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
+    return model
+
 @contextlib.contextmanager
 def _no_bar(source):
     "No progress bar for weights that are on disk already; a download keeps its own."

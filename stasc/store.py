@@ -73,14 +73,16 @@ def write_table(path: Path, rows: list[dict], kind: str):
     import pyarrow as pa, pyarrow.parquet as pq
     with whole(path) as tmp: pq.write_table(pa.Table.from_pylist(rows, schema=_schema(kind)), tmp, compression="zstd")
 
-def read_tables(paths: list[Path], kind: str):      # pandas DataFrame
+def read_tables(paths: list[Path], kind: str,
+                token_ids: bool = True,     # they are the larger part of a table, and few need them
+               ):                           # pandas DataFrame
     "Read Parquet files as one table."
-    import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
-    tables = []
+    import pyarrow as pa, pyarrow.parquet as pq
+    tables, names = [], [c for c in columns(kind) if token_ids or not c.endswith("token_ids")]
     for p in paths:
-        try: tables.append(pq.ParquetFile(p).read())
+        try: tables.append(pq.ParquetFile(p).read(names))
         except (OSError, pa.ArrowException) as e: raise StoreError(f"{p} is no readable Parquet file ({str(e).splitlines()[0]}); delete it and resume the run to draw it again") from e
-    return pa.concat_tables(tables).to_pandas() if tables else _schema(kind).empty_table().to_pandas()
+    return (pa.concat_tables(tables) if tables else _schema(kind).empty_table().select(names)).to_pandas()
 
 # %% ../nbs/08_store.ipynb #a9c9d2e4
 _PACKAGES = ("stasc", "torch", "transformers", "peft", "pyarrow", "numpy")
@@ -234,16 +236,23 @@ def part_name(iteration: int, phase: str, part: int) -> str:
     "Where a part of a table is stored."
     return f"iter_{iteration:02d}/{phase}/part-{part:05d}.parquet"
 
+def _part_names(self, iteration: int, phase: str) -> list[str]:
+    "The parts of a table, in order."
+    prefix = f"iter_{iteration:02d}/{phase}/"
+    return sorted(n for n in self.manifest if n.startswith(prefix))
+
 def _table(self, iteration: int,
-           phase: str):             # e.g. "initial.train"; or "kept"
+           phase: str,              # e.g. "initial.train"; or "kept"
+           part: int|None = None,   # one part of it; None is all
+           token_ids: bool = True): # with the ids that were generated
     "A table of an iteration as pandas, its checksums compared."
     kind = phase.split(".")[0]
-    if kind == "kept": return read_tables([self.verified(f"iter_{iteration:02d}/kept.parquet")], kind)
-    prefix = f"iter_{iteration:02d}/{phase}/"
-    return read_tables([self.verified(n) for n in sorted(n for n in self.manifest if n.startswith(prefix))], "initial" if kind == "transfer" else kind)
+    if kind == "kept": names = [f"iter_{iteration:02d}/kept.parquet"]
+    else: names = self.part_names(iteration, phase) if part is None else [part_name(iteration, phase, part)]
+    return read_tables([self.verified(n) for n in names], "initial" if kind == "transfer" else kind, token_ids)
 
 def _disk_use(self) -> int:         # bytes
     "What the run takes on disk."
     return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
-RunDir.table, RunDir.disk_use = _table, _disk_use
+RunDir.part_names, RunDir.table, RunDir.disk_use = _part_names, _table, _disk_use

@@ -119,10 +119,11 @@ def test_quantised_base_with_an_adapter_says_the_same_through_plain_peft(run_of,
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from stasc.model import _nf4
+    from stasc.model import _nf4, _with_gradient
     out, _ = run_of("qwen2", "qlora")
     run = opened(out)
     base = AutoModelForCausalLM.from_pretrained(families["qwen2"], quantization_config=_nf4(torch.float32), dtype=torch.float32, device_map={"": "cpu"})
+    _with_gradient(base)            # packed weights, where the CPU has them, compute in bfloat16
     plain = PeftModel.from_pretrained(base, out / "iter_02/adapter").eval()
     run.engine.use(out / "iter_02/adapter")
     prompts = prompts_of(run)

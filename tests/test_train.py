@@ -3,11 +3,13 @@ import hashlib
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stasc.core import Config, TrainError
 from stasc.data import Data
 from stasc.loop import STaSC
-from stasc.train import Engine, Example, collate, fine_tune
+from stasc.train import Engine, Example, collate, completion_loss, fine_tune, passes, same_loss, training_arguments
 
 torch = pytest.importorskip("torch")
 
@@ -134,6 +136,177 @@ def test_gradient_accumulation_equals_a_larger_batch(lm, examples, tmp_path):
     assert torch.cat([m.flatten() for m in moved]).gt(1e-4).float().mean() < 0.01
 
 
+# --- logits for the completions alone
+
+SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+FAMILIES = dict(Qwen2={}, Phi3={}, Llama=dict(tie_word_embeddings=True), Gemma=dict(head_dim=16), Gemma2=dict(head_dim=16, final_logit_softcapping=3.0),
+                Granite=dict(logits_scaling=4.0), Cohere=dict(logit_scale=0.3), Mixtral=dict(num_local_experts=4))
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32, output_router_logits=True)
+
+
+def random_model(family, **changes):
+    import transformers
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**SHAPE | FAMILIES.get(family, {}) | changes)
+        return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def loss_and_gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_every_gradient_are_those_of_full_logits(family):
+    model = random_model(family)
+    rows = [Example(tuple(range(5, 5 + p)), tuple(range(90, 90 + c))) for p, c in ((40, 3), (1, 20), (17, 1))]
+    batch = collate(rows, 0)
+    expected, gradient = loss_and_gradient(model, model(**batch).loss)
+    assert same_loss(model, rows, 0)
+    for piece in (2**26, 10 * 300, 300, 1):                             # one piece, three, one token each, more pieces than tokens
+        loss, g = loss_and_gradient(model, completion_loss(model, batch, piece=piece))
+        assert loss == pytest.approx(expected, abs=1e-5)
+        assert (g - gradient).norm() <= 1e-5 * gradient.norm()
+    assert completion_loss(model, batch, n=48).item() == pytest.approx(expected / 2, abs=1e-5)
+    assert "forward" not in vars(model.get_decoder())
+
+
+def test_output_layer_sees_the_completions_alone(lm, examples):
+    seen, lm.cfg = [], lm.cfg.replace(train_batch=3)
+    lm.start(None, 0)
+    hook = lm.base.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(out.numel() // out.shape[-1]) if lm.model.training else None)
+    try: fine_tune(lm, examples, lm.cfg, 0)
+    finally: hook.remove()
+    assert len(seen) == 2 and sum(seen) == sum(len(e.completion_ids) for e in examples)
+
+
+def plain_trainer(lm, examples, cfg, seed, tmp_path):
+    "What is usually written: the Trainer with the model's own loss and full logits."
+    from transformers import DataCollatorForSeq2Seq, Trainer
+    rows = [dict(input_ids=[*e.prompt_ids, *e.completion_ids], labels=[-100] * len(e.prompt_ids) + [*e.completion_ids],
+                 attention_mask=[1] * (len(e.prompt_ids) + len(e.completion_ids))) for e in examples]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(lm.tokenizer, "padding_side", "right")
+        trainer = Trainer(model=lm.model, args=training_arguments(cfg, lm.device, lm.dtype, seed, str(tmp_path)), train_dataset=rows,
+                          data_collator=DataCollatorForSeq2Seq(lm.tokenizer, padding="longest"))
+        trainer.train()
+    for k in ("forward", "_original_forward", "_is_accelerate_prepared"): vars(lm.model).pop(k, None)
+    return [h["loss"] for h in trainer.state.log_history if "loss" in h]
+
+
+@pytest.mark.parametrize("batch,accumulation", [(2, 1), (4, 1), (2, 2), (1, 4)])
+def test_training_is_that_of_the_plain_trainer(lm, examples, tmp_path, batch, accumulation):
+    cfg = lm.cfg = lm.cfg.replace(train_batch=batch, grad_accumulation=accumulation, epochs=2, learning_rate=1e-2)
+    lm.start(None, 0)
+    expected = plain_trainer(lm, examples, cfg, 3, tmp_path)
+    weights = {k: v.clone() for k, v in lm.model.state_dict().items() if "lora" in k}
+    lm.start(None, 0)
+    report = fine_tune(lm, examples, cfg, 3)
+    assert [report["first_loss"], report["last_loss"], report["steps"]] == pytest.approx([expected[0], expected[-1], len(expected)], abs=1e-4)
+    apart = torch.cat([(v - lm.model.state_dict()[k]).abs().flatten() for k, v in weights.items()])
+    assert apart.gt(1e-3).float().mean() < 0.01                         # AdamW moves by the sign of a gradient, also of one that is almost zero
+
+
+def test_model_with_a_loss_of_its_own_keeps_it_and_says_so(tmp_path, embedded, examples):
+    folder = tmp_path / "moe"
+    random_model("Qwen2Moe", vocab_size=400, **MOE).save_pretrained(folder)
+    embedded.tokenizer.save_pretrained(folder)
+    engine = Engine(Config(model=str(folder), device="cpu", train_batch=4, learning_rate=1e-3, seed=0))
+    assert not same_loss(engine.lm.base, examples, engine.lm.pad_id)
+    engine.lm.start(None, 0)
+    expected = plain_trainer(engine.lm, examples, engine.lm.cfg, 3, tmp_path)
+    engine.lm.start(None, 0)
+    with pytest.warns(UserWarning, match="full logits"): report = fine_tune(engine.lm, examples, engine.lm.cfg, 3)
+    assert [report["first_loss"], report["last_loss"]] == pytest.approx([expected[0], expected[-1]], abs=1e-6)
+
+
+@pytest.mark.parametrize("lie", [lambda x: x * 1.01, lambda x: x + 0.1 * x.roll(1, -1)])
+def test_head_that_treats_short_input_otherwise_is_found_out(lie):
+    "A model whose logits depend on how many tokens the output layer sees."
+    model = random_model("Qwen2")
+    model.lm_head.register_forward_hook(lambda m, args, out: lie(out) if out.shape[0] == 1 else out)
+    assert not same_loss(model, [Example((11, 12, 13), (21, 22, 2))], 0)
+
+
+def test_half_precision_base_trains_on_the_completions_alone(examples, tmp_path):
+    engine = Engine(Config.demo(device="cpu", dtype="bfloat16", train_batch=4))
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made = trained(engine, examples, None, tmp_path / "a")
+    assert "adapter_model.safetensors" in made
+
+
+# --- rows of a step, and what they are divided into
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 20)), min_size=1, max_size=40), st.integers(1, 9))
+def test_passes_hold_every_row_once_and_pad_no_more_than_the_order_drawn(lengths, batch):
+    rows = [Example((1,) * p, (2,) * c) for p, c in lengths]
+    made = passes(rows, batch)
+    assert sorted(map(id, sum(made, []))) == sorted(map(id, rows))
+    assert all(len(p) == batch for p in made[:-1]) and 0 < len(made[-1]) <= batch
+    assert len(rows) > batch or made == [rows]
+    def width(p): return max(len(e.prompt_ids) + len(e.completion_ids) for e in p)
+    drawn = [rows[i:i + batch] for i in range(0, len(rows), batch)]
+    if len(rows) % batch == 0: assert sum(map(width, made)) <= sum(map(width, drawn))
+
+
+# --- memory
+
+def starved(monkeypatch, times):
+    "The first passes of a training find the memory full."
+    import stasc.train
+    honest, left = stasc.train.completion_loss, [times]
+
+    def completion_loss(model, batch, *args, **kw):
+        if torch.is_grad_enabled() and left[0] > 0 and len(batch["labels"]) == 2:       # the second batch: one step is done already
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(model, batch, *args, **kw)
+    monkeypatch.setattr(stasc.train, "completion_loss", completion_loss)
+
+
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_gradient_checkpointing_changes_no_bit_also_where_memory_ran_out_halfway(examples, tmp_path, monkeypatch, finetune):
+    engine = Engine(Config.demo(device="cpu", train_batch=4, finetune=finetune, lora_dropout=0.3))
+    off, on = (trained_with(engine, examples, tmp_path / c, c) for c in ("off", "on"))
+    starved(monkeypatch, 1)
+    assert not engine.short_of_memory
+    auto = trained_with(engine, examples, tmp_path / "auto", "auto")
+    assert off == on == auto and engine.short_of_memory
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in engine.lm.base.modules())
+
+
+def trained_with(engine, examples, out, how):
+    engine.lm.cfg = engine.lm.cfg.replace(gradient_checkpointing=how)
+    return trained(engine, examples, None, out)
+
+
+@pytest.mark.parametrize("how", ["on", "off", "auto"])
+def test_memory_that_stays_too_small_is_an_error(examples, tmp_path, monkeypatch, how):
+    engine = Engine(Config.demo(device="cpu", train_batch=4))
+    starved(monkeypatch, 2)
+    with pytest.raises(torch.OutOfMemoryError): trained_with(engine, examples, tmp_path / "a", how)
+    assert not list((tmp_path / "a").iterdir())
+    assert all(p.grad is None for p in engine.lm.model.parameters())
+
+
+def test_gradient_checkpointing_recomputes(lm, examples):
+    "Each layer runs twice in a step."
+    count = {}
+    for on in (False, True):
+        lm.start(None, 0)
+        seen = []
+        hook = lm.base.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1) if lm.model.training else None)
+        try: fine_tune(lm, examples, lm.cfg, 0, checkpointing=on)
+        finally: hook.remove()
+        count[on] = len(seen)
+    assert count[True] == 2 * count[False] == 4
+
+
 # --- where a training starts
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(embedded, lm, examples, tmp_path):
@@ -195,18 +368,39 @@ def test_examples_leave_the_training_prompt_where_asked(embedded):
     assert without.correction(q, "2", training=True) == none.correction(q, "2") != without.correction(q, "2")
 
 
+def test_gradients_through_a_quantised_base_are_those_of_its_weights_also_after_sampling(examples):
+    "bitsandbytes may pack weights anew in evaluation mode, into a layout that has no gradient."
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+    engine, made = Engine(Config.demo(device="cpu", finetune="qlora", train_batch=4)), []
+    batch = collate(examples, engine.lm.pad_id)
+    for first in ("train", "sample"):
+        if first == "sample":
+            engine.lm.model.eval()
+            with torch.no_grad(): engine.lm.model(batch["input_ids"])
+        engine.lm.start(None, 0)
+        engine.lm.model.train()
+        with torch.no_grad():
+            for n, p in engine.lm.model.named_parameters():
+                if "lora_B" in n: p.fill_(0.01)
+        made.append(loss_and_gradient(engine.lm.model, completion_loss(engine.lm.base, batch)))
+    assert made[0][0] == made[1][0] and torch.equal(made[0][1], made[1][1])
+    # the decoder's first layer has a gradient that came through the layers above
+    first = next(p for n, p in engine.lm.model.named_parameters() if "layers.0.self_attn.q_proj.lora_A" in n)
+    assert first.grad.abs().max() > 0
+
+
 # --- a training that fails
 
 def spoil(monkeypatch, lm, step):
     "From a step on the loss is not a number."
-    from transformers import Trainer
-    honest, seen = Trainer.compute_loss, []
+    import stasc.train
+    honest, seen = stasc.train.completion_loss, []
 
-    def compute_loss(self, *args, **kw):
-        seen.append(1)
-        loss = honest(self, *args, **kw)
+    def completion_loss(model, batch, *args, **kw):
+        loss = honest(model, batch, *args, **kw)
+        if torch.is_grad_enabled(): seen.append(1)                      # not the comparison before the training
         return loss * float("nan") if len(seen) >= step else loss
-    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(stasc.train, "completion_loss", completion_loss)
 
 
 @pytest.mark.parametrize("step", [1, 2])
