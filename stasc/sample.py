@@ -148,8 +148,9 @@ class HFSampler:
             try:
                 with torch.inference_mode(), self.lm.autocast():
                     for (i, j), s in draw_all(_requests(prompts, seeds, left, rows), rows, params): out[i][j] = s
-            except (RuntimeError, MemoryError) as e:
-                rows = self.batch = _fewer(rows, e)
+                continue
+            except (RuntimeError, MemoryError) as e: rows = self.batch = _fewer(rows, e)
+            if self.lm.device == "cuda": torch.cuda.empty_cache()           # only here, behind the except, are the failed batch's tensors gone
         return out
 
 # %% ../nbs/06_sample.ipynb #be0709b7
@@ -167,7 +168,7 @@ def _requests(prompts, seeds, wanted, rows):
     parts = [(p, places[a:a + rows]) for p, places in same.items() for a in range(0, len(places), rows)]
     return [Request(list(p), places, [seeds[i][j] for i, j in places]) for p, places in sorted(parts, key=lambda o: -len(o[0]))]
 
-# %% ../nbs/06_sample.ipynb #2124923d
+# %% ../nbs/06_sample.ipynb #1d088abd
 def _plan(self, prompts, params):
     "How to draw, and how many rows at once."
     lm, longest = self.lm, max(map(len, prompts)) + params.max_new_tokens
@@ -191,84 +192,87 @@ def _fewer(rows, error):
     memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in ("out of memory", "can't allocate memory", "not enough memory"))
     if not memory: raise error
     if rows == 1: raise SampleError("memory does not suffice to decode a single text; use a smaller model, max_new_tokens or finetune = 'qlora'") from error
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
     return rows // 2
 
 HFSampler._plan = _plan
 
-# %% ../nbs/06_sample.ipynb #1d088abd
+# %% ../nbs/06_sample.ipynb #12a2ae68
 class Texts:
     "Texts of the same length that grow together."
-    def __init__(self, requests: list, params, stop: list[int]):
+    def __init__(self, requests: list, limit: int, stop: list[int]):
         self.places = [o for r in requests for o in r.places]
         self.seeds = np.array([o for r in requests for o in r.seeds], dtype=np.uint64)
-        self.start = np.array([len(r.prompt) for r in requests for _ in r.places])      # tokens of the prompt
-        self.ids, self.t = np.empty((len(self.seeds), params.max_new_tokens), np.int64), 0
-        self.logp, self.stop = np.zeros(len(self.seeds)), np.array(stop)
+        self.start = np.array([len(r.prompt) for r in requests for _ in r.places])          # tokens of the prompt
+        self.ids, self.t, self.stop, self.cohort = np.empty((len(self.seeds), limit), np.int64), 0, np.array(stop), None
+        self.logp, self.stopped = np.zeros(len(self.seeds)), np.zeros(len(self.seeds), bool)
 
     def __len__(self): return len(self.seeds)
 
+    @property
+    def over(self): return self.stopped | (self.t == self.ids.shape[1])
+
     def add(self, token, logp):         # (texts,) each
-        "Note a token of each text; which have ended."
+        "Note a token of each text."
         if not np.isfinite(logp).all(): raise SampleError("the model gave logits that are not numbers; try dtype = 'float32' or a lower learning_rate")
-        self.ids[:, self.t] = token
+        self.ids[:, self.t], self.stopped = token, np.isin(token, self.stop)
         self.logp += logp
         self.t += 1
-        return np.isin(token, self.stop)
 
-    def sample(self, tokenizer, row, ended):
+    def sample(self, tokenizer, row):
+        "Where a text belongs, and the text."
         ids = self.ids[row, :self.t].tolist()
-        return self.places[row], Sample(tokenizer.decode(ids, skip_special_tokens=True), tuple(ids), "stop" if ended else "length",
+        return self.places[row], Sample(tokenizer.decode(ids, skip_special_tokens=True), tuple(ids), "stop" if self.stopped[row] else "length",
                                         int(self.seeds[row]), float(self.logp[row]) / self.t)
 
-    def keep(self, order):              # (rows,) the texts that stay, in their new order
+    def keep(self, order):              # numbers of the texts that stay, in their new order
         self.places = [self.places[i] for i in order]
-        self.seeds, self.start, self.ids, self.logp = self.seeds[order], self.start[order], self.ids[order], self.logp[order]
+        self.seeds, self.start, self.ids, self.logp, self.stopped = (o[order] for o in (self.seeds, self.start, self.ids, self.logp, self.stopped))
 
-# %% ../nbs/06_sample.ipynb #12a2ae68
+# %% ../nbs/06_sample.ipynb #80fcba19
 def _shared(self, requests, rows, params):
-    import torch
-    lm, stop = self.lm, self.lm.stop_ids
+    lm, growing, waiting = self.lm, [], requests[::-1]
+    same = common_prefix([r.prompt for r in requests])
     with serving(lm):
-        same = common_prefix([r.prompt for r in requests])
-        shared, growing, waiting = Shared(lm, look(lm), requests[0].prompt[:same if same >= _WORTH else 0]), [], requests[::-1]
+        shared = Shared(lm, look(lm), requests[0].prompt[:same if same >= _WORTH else 0])
         while waiting or growing:
             free = rows - sum(map(len, growing))
-            if waiting and len(waiting[-1].places) <= free >= rows // 4:
-                for c in shared.cohorts: c.shrink()
-                new = []
-                while waiting and len(waiting[-1].places) <= free: new.append(waiting.pop()); free -= len(new[-1].places)
-                growing.append(texts := Texts(new, params, stop))
-                ended = texts.add(*_first(shared, new, texts, params))
-                yield from _let_go(lm, shared, growing, [(texts, shared.cohorts[-1], ended)])
-            else:
-                tokens, at = (np.concatenate(o) for o in zip(*((g.ids[:, g.t - 1], g.start + g.t - 1) for g in growing)))
-                drawn = _numpy(*draw(shared.step(tokens, at), params, uniforms(np.concatenate([g.seeds for g in growing]), np.repeat([g.t for g in growing], list(map(len, growing))))))
-                splits = np.cumsum([len(g) for g in growing])[:-1]
-                yield from _let_go(lm, shared, growing, [(g, c, g.add(*o)) for g, c, *o in zip(growing, shared.cohorts, *(np.split(o, splits) for o in drawn))])
-
-_WORTH = 32         # tokens of a common prefix from which on it is kept apart
-
-def _numpy(*tensors): return [o.cpu().numpy() for o in tensors]
-
-def _first(shared, requests, texts, params):
-    "Read the prompts and draw the first token of each text."
-    counts, done, out = np.array([len(r.places) for r in requests]), 0, []
-    suffixes = [r.prompt[shared.prefix_length:] for r in requests]
-    for _, a, b, logits in shared.admit(suffixes, counts.tolist(), params.max_new_tokens - 1):
-        rows = slice(done, done := done + counts[a:b].sum())
-        out.append(_numpy(*draw(logits.repeat_interleave(logits.new_tensor(counts[a:b]).long(), 0), params, uniforms(texts.seeds[rows], 0))))
-    return [np.concatenate(o) for o in zip(*out)]
-
-def _let_go(lm, shared, growing, ended):
-    "Samples of the texts that have ended; their rows leave."
-    for g, c, stopped in ended:
-        over = stopped | (g.t == g.ids.shape[1])
-        for r in np.flatnonzero(over): yield g.sample(lm.tokenizer, r, stopped[r])
-        if over.all(): growing.remove(g); shared.cohorts.remove(c)
-        elif over.any(): g.keep(c.keep(~over))
+            if waiting and len(waiting[-1].places) <= free >= rows // 4: growing.append(_begin(shared, _take(waiting, free), params))
+            else: _continue(shared, growing, params)
+            for texts in list(growing):
+                over = texts.over
+                for r in np.flatnonzero(over): yield texts.sample(lm.tokenizer, r)
+                if over.all(): growing.remove(texts); shared.cohorts.remove(texts.cohort)
+                elif over.any(): texts.keep(texts.cohort.keep(~over))
 
 HFSampler._shared = _shared
+_WORTH = 32         # tokens of a common prefix from which on it is kept apart
+
+def _take(waiting, free):
+    "As many requests as fit into the free rows."
+    taken = []
+    while waiting and len(waiting[-1].places) <= free: taken.append(waiting.pop()); free -= len(taken[-1].places)
+    return taken
+
+# %% ../nbs/06_sample.ipynb #f95b0c8b
+def _begin(shared, requests, params):
+    "Read prompts and draw the first token of each text."
+    texts, counts, done, drawn = Texts(requests, params.max_new_tokens, shared.lm.stop_ids), [len(r.places) for r in requests], 0, []
+    for cohort in shared.cohorts: cohort.shrink()
+    for texts.cohort, a, b, logits in shared.admit([r.prompt[shared.prefix_length:] for r in requests], counts, params.max_new_tokens - 1):
+        of = np.repeat(np.arange(b - a), counts[a:b])
+        drawn.append(_numpy(*draw(logits[of], params, uniforms(texts.seeds[done:done + len(of)], 0))))
+        done += len(of)
+    texts.add(*map(np.concatenate, zip(*drawn)))
+    return texts
+
+def _continue(shared, growing, params):
+    "Draw one token more for all texts."
+    tokens, at, seeds, t = map(np.concatenate, zip(*((g.ids[:, g.t - 1], g.start + g.t - 1, g.seeds, np.full(len(g), g.t)) for g in growing)))
+    drawn = _numpy(*draw(shared.step(tokens, at), params, uniforms(seeds, t)))
+    ends = np.cumsum([len(g) for g in growing])[:-1]
+    for g, *new in zip(growing, *(np.split(o, ends) for o in drawn)): g.add(*new)
+
+def _numpy(*tensors): return [o.cpu().numpy() for o in tensors]
 
 # %% ../nbs/06_sample.ipynb #c011f13c
 def _plain(self, requests, rows, params):
@@ -294,18 +298,17 @@ def _prefill(lm, prompts):
 # %% ../nbs/06_sample.ipynb #17d7f064
 def _padded(lm, requests, params):
     import torch
-    texts = Texts(requests, params, lm.stop_ids)
+    texts = Texts(requests, params.max_new_tokens, lm.stop_ids)
     logits, cache, mask, position = _prefill(lm, [r.prompt for r in requests])
     rows = torch.tensor([i for i, r in enumerate(requests) for _ in r.places], device=lm.device)
     if len(rows) > len(requests): cache.reorder_cache(rows)         # the one call that every kind of cache layer knows
     logits, mask, position = logits[rows], mask[rows], position[rows]
     alive = np.ones(len(texts), bool)
-    for t in range(params.max_new_tokens):
-        token, logp = draw(logits, params, uniforms(texts.seeds, t))
-        stopped = texts.add(*_numpy(token, logp))
-        over = alive & (stopped | (texts.t == params.max_new_tokens))
-        for r in np.flatnonzero(over): yield texts.sample(lm.tokenizer, r, stopped[r])
-        alive &= ~over
+    while True:
+        token, logp = draw(logits, params, uniforms(texts.seeds, texts.t))
+        texts.add(*_numpy(token, logp))
+        for r in np.flatnonzero(alive & texts.over): yield texts.sample(lm.tokenizer, r)
+        alive &= ~texts.over
         if not alive.any(): return
         if alive.sum() <= 0.75 * len(alive):
             order, alive = np.flatnonzero(alive), alive[alive]

@@ -51,9 +51,7 @@ def lm_of(tmp_path_factory):
 
     def lm(kind, finetune="lora"):
         if (kind, finetune) not in made:
-            made[kind, finetune] = full = LM(Config(model=str(folder_of(tmp_path_factory.mktemp("model"), kind)), finetune=finetune, device="cpu"))
-            for m in full.model.modules():      # bitsandbytes' kernel for processors with bfloat16 keeps 8 bits: with it, `generate` disagrees with itself
-                if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
+            made[kind, finetune] = LM(Config(model=str(folder_of(tmp_path_factory.mktemp("model"), kind)), finetune=finetune, device="cpu"))
         return made[kind, finetune]
     return lm
 
@@ -165,15 +163,3 @@ def test_models_without_attention_layers_of_their_own_are_left_alone(tmp_path):
     KINDS["mamba"] = ("Mamba", dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, state_size=8, pad_token_id=0), False)
     assert look(LM(Config(model=str(folder_of(tmp_path, "mamba")), finetune="full", device="cpu"))) is None
 
-
-def test_4_bit_with_the_processor_s_own_kernel_differs_at_near_ties_alone(tmp_path):
-    pytest.importorskip("bitsandbytes", reason="4-bit needs bitsandbytes")
-    lm = LM(Config(model=str(folder_of(tmp_path, "llama")), finetune="qlora", device="cpu"))
-    prompts = ragged(100)
-    ours, theirs = drawn(lm, prompts), generated(lm, prompts)
-    others = [(p, a, b) for p, a, b in zip(prompts, ours, theirs) if a != b]
-    assert len(others) <= 5
-    for p, a, b in others:
-        i = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-        with torch.no_grad(): logits = lm.model(torch.tensor([p + a[:i]])).logits[0, -1]
-        assert (logits[a[i]] - logits[b[i]]).abs() < 0.1 * logits.std()
