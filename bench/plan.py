@@ -34,7 +34,7 @@ def child(setting, folder):
     from stasc.plan import shape_of, training_bytes
     from stasc.train import fine_tune
     hidden, layers, vocabulary, finetune, rows, prompt, completion, checkpointing = setting
-    cfg = Config(model=folder, device="cpu", finetune=finetune, train_batch=rows)
+    cfg = Config(model=folder, device="cpu", finetune=finetune, train_batch=rows, epochs=2)       # the second step finds the optimiser in memory
     lm = LM(cfg)
     lm.start(None, seed=0)
     fine_tune(lm, make_examples(1, 4, 4, vocabulary), cfg, 0, checkpointing)

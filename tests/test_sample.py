@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from stasc.arithmetic import arithmetic_questions
 from stasc.core import Config, SampleError, SamplingParams, derive_seed
 from stasc.prompt import Prompter
-from stasc.sample import HFSampler, draw, uniforms
+from stasc.prefix import common_prefix, merge, part
+from stasc.sample import HFSampler, _threshold, draw, uniforms
 from stasc.train import Engine
 
 torch = pytest.importorskip("torch")
@@ -99,6 +100,109 @@ def test_global_random_state_neither_matters_nor_changes(embedded, prompts):
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     assert drawn(embedded, 8, prompts[:4], 2, params) == a
+
+
+# --- nothing is read twice, and no more rows at once than allowed
+
+def long_prompts(count, prefix=50, seed=0):
+    rng = np.random.default_rng(seed)
+    head = rng.integers(10, 300, prefix).tolist()
+    return [head + rng.integers(10, 300, rng.integers(1, 30)).tolist() for _ in range(count)]
+
+
+def tokens_read(engine, monkeypatch):
+    "How many tokens each forward pass is given."
+    read, forward = [], engine.lm.model.forward
+    monkeypatch.setattr(engine.lm.model, "forward", lambda *a, **kw: (read.append(kw["input_ids"].numel()), forward(*a, **kw))[1])
+    return read
+
+
+@pytest.mark.parametrize("batch", [3, 16, 64])
+def test_prefix_and_equal_prompts_are_read_once_and_ended_rows_leave(embedded, monkeypatch, batch):
+    params, different = SamplingParams(1.0, 1.0, 0, 25), long_prompts(12)
+    given, seeds = different + different[:5], seeds_of(17, 3)
+    expected = drawn(embedded, 64, given, 3, params, seeds)
+    read = tokens_read(embedded, monkeypatch)
+    rows = drawn(embedded, batch, given, 3, params, seeds)
+    assert agreement(rows, expected)[0] >= 0.98
+    p = common_prefix(given)
+    times = np.unique([given.index(g) for g in given], return_counts=True)[1] * 3     # texts of each different prompt
+    prompts_read = sum((len(d) - p) * -(-t // batch) for d, t in zip(different, times))
+    assert sum(read) == p + prompts_read + sum(s.n_tokens - 1 for row in rows for s in row)
+    assert len({s.n_tokens for row in rows for s in row}) > 3
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_never_more_rows_than_the_batch_or_the_memory_allows(embedded, monkeypatch, shared):
+    import stasc.sample
+    seen = []
+    monkeypatch.setattr(stasc.sample, "draw", lambda logits, *a: (seen.append(len(logits)), draw(logits, *a))[1])
+    given, params, seeds = long_prompts(9), SamplingParams(1.0, 1.0, 0, 12), seeds_of(9, 4)
+    wide = HFSampler(embedded.lm, 16, shared=shared).sample(given, 4, params, seeds)
+    assert max(seen) == 16
+    seen.clear()
+    tight = HFSampler(embedded.lm, 16, memory=400_000, shared=shared).sample(given, 4, params, seeds)
+    assert 1 <= max(seen) < 10 and agreement(wide, tight)[0] >= 0.97
+    seen.clear()
+    HFSampler(embedded.lm, 16, memory=1, shared=shared).sample(given[:2], 2, params, seeds)
+    assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")])
+def test_out_of_memory_halves_the_batch_and_the_texts_stay(embedded, monkeypatch, shared, error):
+    import stasc.sample
+    given, params, seeds, calls = long_prompts(9), SamplingParams(1.0, 1.0, 0, 12), seeds_of(9, 4), []
+    expected = HFSampler(embedded.lm, 16, shared=shared).sample(given, 4, params, seeds)
+
+    def fails(logits, *a):
+        calls.append(len(logits))
+        if len(calls) > 3 and len(logits) > 5: raise error
+        return draw(logits, *a)
+    monkeypatch.setattr(stasc.sample, "draw", fails)
+    sampler = HFSampler(embedded.lm, 16, shared=shared)
+    assert agreement(sampler.sample(given, 4, params, seeds), expected)[0] >= 0.97
+    assert sampler.batch == 4 and max(calls) == 16 and embedded.lm.base.config._attn_implementation == "sdpa"
+
+
+def test_a_single_text_that_does_not_fit_and_other_errors_end_it(embedded, monkeypatch):
+    import stasc.sample
+
+    def fails(error):
+        def f(*a): raise error
+        monkeypatch.setattr(stasc.sample, "draw", f)
+    fails(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(SampleError, match="single text"): drawn(embedded, 8, long_prompts(2), 1, SamplingParams())
+    fails(RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="do not fit"): drawn(embedded, 8, long_prompts(2), 1, SamplingParams())
+
+
+# --- attention in parts
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 2**31), st.sampled_from([0.1, 1.0, 30.0]))
+def test_attention_in_parts_is_attention(lengths, queries, seed, scale):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(3, n, 8, generator=g) for n in (queries, sum(lengths), sum(lengths)))
+    q = q * scale
+    whole = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+    parts = [part(q, a, b) for a, b in zip(k.split(lengths, 1), v.split(lengths, 1))]
+    assert torch.allclose(merge(parts), whole, atol=1e-5)
+
+
+def test_hidden_tokens_do_not_count():
+    q, k, v = (torch.randn(2, n, 4) for n in (3, 7, 7))
+    bias = torch.tensor([[0., 0, 0, 0, -torch.inf, -torch.inf, -torch.inf]])
+    (a, lse), (b, short) = part(q, k, v, bias), part(q, k[:, :4], v[:, :4])
+    assert torch.allclose(a, b, atol=1e-6) and torch.allclose(lse, short, atol=1e-6)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_common_prefix_by_hand(prompts):
+    n = 0
+    while n < min(map(len, prompts)) - 1 and len({p[n] for p in prompts}) == 1: n += 1
+    assert common_prefix(prompts) == n
 
 
 # --- ends
@@ -193,6 +297,30 @@ def test_only_the_nucleus_is_drawn(p, top_k, top_p):
     ids, _ = draw(logits, SamplingParams(1.0, top_p, top_k, 1), (np.arange(200) + 0.5) / 200)
     may = kept_by_hand(p, top_k, top_p)
     assert set(ids.tolist()) <= may and max(may, key=lambda i: p[i]) in ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([3, 40, 3000]), st.sampled_from([0.0, 0.01, 0.5, 3.0]), st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999, 1 - 1e-6]))
+def test_bisection_finds_the_nucleus(seed, vocabulary, spread, top_p):
+    p = torch.softmax(torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread, -1)
+    least, exact = _threshold(p, top_p, block=2 * vocabulary), p.double()
+    slack = 1e-6
+    for row, l in zip(exact, least.double()[:, 0]):
+        assert row[row >= l].sum() >= top_p - slack             # enough stays,
+        assert row[row > row[row >= l].min()].sum() < top_p + slack     # and without the least likely of it there is too little
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("top_k,top_p", [(0, 0.9), (0, 0.3), (50, 1.0), (50, 0.8), (2999, 0.9)])
+def test_a_large_vocabulary_is_drawn_from_as_a_sorted_one(spread, top_k, top_p):
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(1)) * spread
+    u = (np.arange(4000) + 0.5) / 4000
+    p = torch.softmax(logits[0], -1)
+    may = sorted(kept_by_hand(p.double().tolist(), top_k, top_p))
+    total = p[may].double().cumsum(-1)
+    expected = torch.tensor(may)[torch.searchsorted(total, torch.tensor(u) * total[-1], right=True)]
+    ids, _ = draw(logits.expand(4000, -1), SamplingParams(1.0, top_p, top_k, 1), u)
+    assert (ids != expected).float().mean() < 0.01              # one token more or less in the nucleus moves every boundary a little
 
 
 def test_frequencies_are_the_probabilities_at_the_temperature():
