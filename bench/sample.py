@@ -1,10 +1,14 @@
-"""Sampling corrections against transformers' `generate`, in batches and one question at a time.
+"""Sampling corrections against transformers' `generate`, in batches and one question at a time, and against vLLM.
 
     python bench/sample.py                              a small Qwen2 with random weights, on the CPU, a few minutes
+    python bench/sample.py --vllm .venv-vllm/bin/python  against vLLM as well, which that Python has (`make test-vllm` sets it up)
     python bench/sample.py --shape qwen2.5-1.5b --device cuda --dtype bfloat16 --batch 256 --prompts 512 --limit 256
 """
 import argparse
+import os
 import sys
+import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +80,19 @@ def generate(model, prompts, n, stop, params, rows, device):
     return lengths
 
 
+def start_vllm(model, lm, rows, folder):
+    "vLLM with the same model, as `sampler = 'vllm'` runs it, and the seconds it took to start."
+    import torch
+    from stasc.core import Config
+    from stasc.sample_vllm import VLLMSampler
+    model.save_pretrained(folder)
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    sampler = VLLMSampler(SimpleNamespace(**vars(lm) | dict(cfg=Config(sampler="vllm", finetune="full"), source=folder, context_length=None)), rows)
+    began = time.perf_counter()
+    sampler.use(None)
+    return sampler, time.perf_counter() - began
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, default="24m")
@@ -88,7 +105,9 @@ def main(argv=None):
     p.add_argument("--generate-prompts", type=int, default=8, help="prompts of a round of generate in batches"); p.add_argument("--single-prompts", type=int, default=3, help="prompts of a round of generate, one at a time")
     p.add_argument("--times", type=int, default=5); p.add_argument("--out"); p.add_argument("--seed", type=int, default=0)
     p.add_argument("--cpu-time", action="store_true", help="count processor time, on a machine that others use as well")
+    p.add_argument("--vllm", metavar="PYTHON", default=os.environ.get("STASC_VLLM_PYTHON"), help="a Python that has vLLM; CPU alone (default: STASC_VLLM_PYTHON)")
     a = p.parse_args(argv)
+    if a.vllm and (a.cpu_time or a.device != "cpu"): p.error("vLLM is a process of its own: it shares no GPU with this one, and --cpu-time does not see it")
 
     import torch
     from stasc.core import SamplingParams, derive_seed
@@ -99,10 +118,17 @@ def main(argv=None):
     stop = choose_stops(model, a.device, a.dtype, prompts[:8], params, 1.6 / a.limit)
     lm, seeds, seen = engine(model, a.device, a.dtype, stop), [[derive_seed(a.seed, i, j) for j in range(a.n)] for i in range(a.prompts)], {}
     turn = {}
+    if a.vllm:
+        os.environ["STASC_VLLM_PYTHON"] = a.vllm
+        with tempfile.TemporaryDirectory() as folder: vllm, start = start_vllm(model, lm, a.batch, folder)
 
     def some(name, count):      # other prompts in each round
         k = turn[name] = turn.get(name, -1) + 1
         return [prompts[(k * count + i) % len(prompts)] for i in range(count)]
+
+    def drawn(name, sampler):   # each round begins with another token, so that nothing cached in the last is of use
+        k = turn[name] = turn.get(name, 0) + 1
+        return counted(name, [s.n_tokens for row in sampler.sample([[k] + p[1:] for p in prompts], a.n, params, seeds) for s in row])
 
     def counted(name, lengths):
         if a.device == "cuda": torch.cuda.synchronize()
@@ -113,16 +139,18 @@ def main(argv=None):
     runs = {
         "generate, one question at a time": lambda: counted("one", generate(model, some("one", a.single_prompts), a.n, stop, params, 1, a.device)),
         "generate, in batches": lambda: counted("many", generate(model, some("many", a.generate_prompts), a.n, stop, params, a.generate_batch, a.device)),
-        "stasc": lambda: counted("stasc", [s.n_tokens for row in HFSampler(lm, a.batch).sample(prompts, a.n, params, seeds) for s in row]),
+        "stasc": lambda: drawn("stasc", HFSampler(lm, a.batch)),
     }
+    if a.vllm: runs |= {f"vLLM {vllm.child.about['vllm']}": lambda: drawn("vllm", vllm)}
     rates = common.alternate(runs, a.times, cpu_time=a.cpu_time)
     gains = common.ratios(rates, "stasc")
     rows = [{"sampler": name, "tokens/s (median)": f"{np.median(rates[name]):,.0f}", "stasc is faster by": f"{gains[name]:.1f}", "mean length": f"{np.mean(seen[k]):.0f}"}
-            for name, k in zip(runs, ("one", "many", "stasc"))]
+            for name, k in zip(runs, seen)]
     size = sum(o.numel() for o in model.parameters()) / 1e6
     common.write("sample", "Sampling corrections", rows, out=a.out, settings=vars(a), rates=rates, notes=
                  f"Qwen2 of {size:.1f} million parameters, random weights, {a.dtype}; {a.prompts} prompts of about {a.prefix + a.suffix} tokens that share {a.prefix}, n = {a.n}, at most {a.limit} new tokens, "
-                 f"temperature 0.6, top-p 0.9; {a.generate_batch} prompts in a call of `generate` in batches; median of {a.times} alternating rounds{', processor time' if a.cpu_time else ''}.")
+                 f"temperature 0.6, top-p 0.9; {a.generate_batch} prompts in a call of `generate` in batches; median of {a.times} alternating rounds{', processor time' if a.cpu_time else ''}."
+                 + (f" vLLM, as `sampler = 'vllm'` runs it (eager, a seed for each text), took {start:.0f} s to start, which is not counted." if a.vllm else ""))
 
 
 if __name__ == "__main__": main()
