@@ -321,13 +321,13 @@ def test_a_forgotten_sampler_ends_its_child(qwen2):
 
 # --- the loop
 
-SMALL = dict(device="cpu", sampler="vllm", iterations=1, n_train=24, n_test=8, n_init=2, n_corr=2, part_size=16, threshold=1.0)
+SMALL = dict(device="cpu", sampler="vllm", iterations=1, n_train=24, n_test=8, n_init=2, n_corr=2, part_size=16, threshold=1.0, train_batch=2)
 
 
 def test_an_iteration_of_the_demo(tmp_path, capsys):
     run = STaSC(Config.demo(**SMALL), tmp_path / "run", callbacks=[]).run()
     assert run.n_done == 2 and len(run.kept) > 0
-    assert 0.1 < run.metrics.train_acc_t1[0] < 0.6                      # the embedded model, not noise
+    assert run.metrics.train_acc_t1[0] > 0.2                            # the embedded model, not noise
     assert "sampled with vLLM" in capsys.readouterr().out
     again = STaSC(Config.demo(**SMALL), tmp_path / "again", callbacks=[], engine=run.engine).run()
     assert again.trajectories.equals(run.trajectories)
