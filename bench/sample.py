@@ -107,7 +107,7 @@ def main(argv=None):
     p.add_argument("--cpu-time", action="store_true", help="count processor time, on a machine that others use as well")
     p.add_argument("--vllm", metavar="PYTHON", default=os.environ.get("STASC_VLLM_PYTHON"), help="a Python that has vLLM; CPU alone (default: STASC_VLLM_PYTHON)")
     a = p.parse_args(argv)
-    if a.vllm and (a.cpu_time or a.device != "cpu"): p.error("vLLM is a process of its own: it shares no GPU with this one, and --cpu-time does not see it")
+    if a.vllm and (a.cpu_time or a.device != "cpu"): p.error("vLLM is a process of its own: it shares no GPU with this one, and --cpu-time does not see it; --vllm '' leaves it out")
 
     import torch
     from stasc.core import SamplingParams, derive_seed
