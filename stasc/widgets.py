@@ -8,21 +8,20 @@ __all__ = ['Panel', 'FilterExplorer', 'RewardDebugger', 'PromptInspector', 'Curv
 # %% ../nbs/12a_widgets.ipynb #4fde9042
 import functools, html, importlib.util, math, re, sys
 from collections import Counter
-from itertools import cycle, pairwise
+from itertools import pairwise
 import pandas as pd
 from .core import ConfigError, DataError, FilterError, RewardError, StascError, StoreError, unknown, visible
 from .filter import FILTERS, apply_filter
 from .metrics import MEASURES, by_iteration, named_runs
 from .paper import published
-from .plot import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, _axis, _drawn, _from_to, _label_ends, _new, _told, figure_html, plain
+from .plot import _axis, _draw_line, _drawn, _from_to, _label_ends, _line_style, _new, _told, figure_html, plain
 from .prompt import Prompter
 from .reward import _REWARDS, _marker_pattern, final_answer, get_reward, judge, reward_name, tokens
 from .view import diff_html
 
 # %% ../nbs/12a_widgets.ipynb #82bd5bf7
-def _label(text,            # any text
-           limit=60,        # characters
-          ) -> str:         # one line for a menu, not yet escaped
+def _label(text, limit=60) -> str:
+    "One line for a menu, not yet escaped."
     text = str(text)
     return visible(text if len(text) <= limit else text[:limit - 1] + "…").replace("\n", "⏎").replace("\t", " ")
 
@@ -41,26 +40,20 @@ def _text_html(text: str,
     return "".join(out)
 
 # %% ../nbs/12a_widgets.ipynb #6a4e4e50
-_PAGE = "<div class='tex2jax_ignore mathjax_ignore' style='line-height:1.4'>{}</div>"
-_PRE = "<pre style='white-space:pre-wrap;overflow-wrap:anywhere;margin:.2em 0;max-height:22em;overflow:auto;line-height:1.4'>{}</pre>"
-_CELL, _MARKED = "padding:.2em .7em;text-align:left;vertical-align:top;white-space:normal", " style=font-weight:bold aria-current=true"
-
-def _cell(v, code=True) -> str:
-    if isinstance(v, str) and not code: return html.escape(visible(v))
-    if isinstance(v, str): return f"<code style='white-space:pre-wrap;overflow-wrap:anywhere;background:none'>{_text_html(v, limit=1500)}</code>"
-    if v is None or v is pd.NA or (isinstance(v, float) and math.isnan(v)): return "–"
-    if isinstance(v, float): return f"{v:.3f}"
-    return dict([(True, "yes"), (False, "no")])[bool(v)] if str(v) in ("True", "False") else f"{v:,}"
+_PAGE = "<div class='tex2jax_ignore mathjax_ignore' style='line-height:1.4;font-size:14px'>{}</div>"
+_PRE = "<pre style='white-space:pre-wrap;overflow-wrap:anywhere;margin:.2em 0;max-height:{}em;overflow:auto;line-height:1.45;font-size:13px'>{}</pre>"
+_CODE = "<code style='white-space:pre-wrap;overflow-wrap:anywhere;background:none;font-size:13px'>{}</code>"
+_CELL = "padding:.25em .8em;text-align:left;vertical-align:top;white-space:normal;border-bottom:1px solid #8884"
 
 def _table_html(df: pd.DataFrame,
                 mark=None,          # index of a row to stress
-                code=True,          # texts in the cells are somebody's words, not ours
                ) -> str:
-    "The table with its index as HTML."
+    "The table with its index as HTML; floats with three digits."
+    value = lambda v: _CODE.format(_text_html(v, limit=1500)) if isinstance(v, str) else "–" if pd.isna(v) else f"{v:.3f}" if isinstance(v, float) else f"{v:,}"
     head = lambda scope, x: f"<th scope={scope} style='{_CELL}'>{html.escape(_label(x))}</th>"
-    row = lambda i, r: f"<tr{_MARKED if i == mark else ''}>{head('row', i)}{''.join(f'<td style={_CELL!r}>{_cell(v, code)}</td>' for v in r)}</tr>"
+    row = lambda i, r: head("row", i) + "".join(f"<td style='{_CELL}'>{value(v)}</td>" for v in r)
+    body = "".join(f"<tr{' style=background:#0072b222 aria-current=true' if i == mark else ''}>{row(i, r)}</tr>" for i, r in zip(df.index, df.itertuples(index=False, name=None)))
     top = "".join(head("col", c) for c in [df.index.name or "", *df.columns])
-    body = "".join(row(i, r) for i, r in zip(df.index, df.itertuples(index=False, name=None)))
     return f"<div style='overflow-x:auto'><table style='border-collapse:collapse;margin:.3em 0'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
 def _alert(e) -> str:
@@ -87,8 +80,8 @@ class Panel:
         self._refresh()
         return self
 
-    def _menus(self) -> dict: return {}         # name -> function(state) -> [(label, value)]
-    def _checked(self, state, asked): return state     # free values in their own type and range
+    def _menus(self): return {}                         # name -> function(state) -> [(label, value)]
+    def _checked(self, state, asked): return state      # free values in their own type and range
 
 # %% ../nbs/12a_widgets.ipynb #835c2cd9
 def _settled(self, state,       # all choices
@@ -98,9 +91,8 @@ def _settled(self, state,       # all choices
     state = self._checked(dict(state), asked)
     for name, menu in self._menus().items():
         values, many = [v for _, v in menu(state)], name in self._many
-        if name in asked:
-            for v in state[name] if many else [state[name]]:
-                if v not in values: raise ConfigError(_not_there(name, v, values))
+        for v in (state[name] if many else [state[name]]) if name in asked else []:
+            if v not in values: raise ConfigError(unknown(name, v, values[:12]) + (f"; {len(values):,} in all" if len(values) > 12 else ""))
         if many: state[name] = tuple(v for v in values if v in state[name])
         elif state[name] not in values: state[name] = values[0] if values else None
     return state
@@ -110,11 +102,6 @@ def _begun(run):
     if not run.n_done: raise StoreError(f"{run.dir.path.as_posix()} has no complete iteration yet: run it first")
     return run
 
-def _not_there(name, value, values):
-    import difflib
-    near = difflib.get_close_matches(str(value), map(str, values), 8) if len(values) > 12 else []
-    return unknown(name, value, near or values[:12]) + (f"; {len(values):,} in all" if len(values) > 12 else "")
-
 Panel._settled = _settled
 
 # %% ../nbs/12a_widgets.ipynb #ff3af006
@@ -123,10 +110,11 @@ def _widget(self):
     if self._box is None:
         try: import ipywidgets as w
         except ImportError: raise ConfigError("ipywidgets is not installed: pip install ipywidgets, or use the static view and the getters") from None
-        self._html, self._controls = w.HTML(), self._make(w)
+        self._html, rows = w.HTML(), self._make(w)
+        self._controls = {name: c for row in rows for name, c in row.items() if name in self.state}
         for name, c in self._controls.items(): c.observe(self._changed(name), "value")
         self._refresh()
-        rows = [w.HBox(r, layout=w.Layout(flex_flow="row wrap")) for r in self._rows()]
+        rows = [w.HBox([*row.values()], layout=w.Layout(flex_flow="row wrap")) for row in rows]
         self._box = w.VBox([w.HTML(f"<h3 style='margin:.2em 0'>{self.title}</h3>"), *rows, self._html])
     return self._box
 
@@ -140,9 +128,8 @@ def _changed(self, name):
 def _refresh(self):
     "Bring the controls and the page into line with the choices."
     if self._html is None: return
-    self._syncing = True
+    menus, self._syncing = self._menus(), True
     try:
-        menus = self._menus()
         for name, c in self._controls.items():
             if name in menus and list(c.options) != (options := menus[name](self.state)): c.options = options
             if self._from_control(name, c.value) != self.state[name]: c.value = self._to_control(name, self.state[name])     # what is being typed stays as it is
@@ -152,13 +139,17 @@ def _refresh(self):
 Panel.widget, Panel._changed, Panel._refresh = property(_widget), _changed, _refresh
 Panel._from_control = Panel._to_control = lambda self, name, value: value
 
-def _menu(w, label, width="auto"): return w.Dropdown(description=label, style=dict(description_width="initial"), layout=w.Layout(width=width))
+# %% ../nbs/12a_widgets.ipynb #734bec79
+def _menu(w, label, kind="Dropdown", width="auto", **options):
+    return getattr(w, kind)(description=label, style=dict(description_width="initial"), layout=w.Layout(width=width, max_width="34em", margin="2px 16px 2px 2px"), **options)
 
-def _turn(w, step):         # step(-1) goes back, step(1) on
+def _turn(self, w, step):       # step(-1) goes back, step(1) on
     "Two buttons."
-    buttons = [w.Button(description="previous"), w.Button(description="next")]
-    for b, by in zip(buttons, (-1, 1)): b.on_click(lambda _, by=by: step(by))
-    return buttons
+    self._buttons = [w.Button(description=text, layout=w.Layout(width="6.5em")) for text in ("previous", "next")]
+    for b, by in zip(self._buttons, (-1, 1)): b.on_click(lambda _, by=by: step(by))
+    return dict(zip(("_previous", "_next"), self._buttons))
+
+Panel._turn = _turn
 
 # %% ../nbs/12a_widgets.ipynb #a2d81722
 def _page(self):
@@ -174,7 +165,7 @@ def _repr_html(self): return f"<b>{self.title}</b>{_PAGE.format(f'<small>{html.e
 def _static(self):
     "What is shown where widgets are not: the findings without the controls."
     from IPython.display import HTML
-    return HTML(_repr_html(self))
+    return HTML(self._repr_html_())
 
 def _mimebundle(self, include=None, exclude=None):
     out = {"text/plain": repr(self), "text/html": self._repr_html_()}
@@ -183,13 +174,11 @@ def _mimebundle(self, include=None, exclude=None):
         out["application/vnd.jupyter.widget-view+json"] = dict(version_major=2, version_minor=0, model_id=self.widget.model_id)
     return out
 
-def _repr(self): return f"{type(self).__name__}, {_chosen(self)}\n{visible(self._say())}"
-
-Panel._page, Panel._repr_html_, Panel.static, Panel._repr_mimebundle_, Panel.__repr__ = _page, _repr_html, _static, _mimebundle, _repr
+Panel._page, Panel._repr_html_, Panel.static, Panel._repr_mimebundle_ = _page, _repr_html, _static, _mimebundle
+Panel.__repr__ = lambda self: f"{type(self).__name__}, {_chosen(self)}\n{visible(self._say())}"
 
 # %% ../nbs/12a_widgets.ipynb #6476456e
-_KEYS = ["question_id", "init_index", "corr_init_index", "corr_index"]
-_WHICH = dict(only_this="kept by this choice alone", only_run="kept by the run alone", both="kept by both")
+_WHICH = dict(this="kept by this choice", only_this="kept by this choice alone", only_run="kept by the run alone")
 
 class FilterExplorer(Panel):
     "What another filter, threshold or pairing would have kept of the training samples of a run."
@@ -197,75 +186,62 @@ class FilterExplorer(Panel):
     def __init__(self, run,             # `STaSC`
                  filters=None,          # functions like those of `FILTERS`, in a list or a dict by name
                  **choices):            # filter, threshold, pairing, iteration, which, page
-        self.run, self.filters, self._texts, self._marks = _begun(run), dict(FILTERS), {}, {}
-        self.filters |= filters if isinstance(filters, dict) else {reward_name(f): f for f in filters or []}
+        self.run, self._rewards, self._last = _begun(run), {}, {}
+        self.filters = FILTERS | (filters if isinstance(filters, dict) else {reward_name(f): f for f in filters or []})
         c = run.cfg
-        super().__init__(**dict(filter=c.filter_name, threshold=c.threshold, pairing=c.pairing, iteration=0, which="only_this", page=0) | choices)
+        super().__init__(**dict(filter=c.filter_name, threshold=c.threshold, pairing=c.pairing, iteration=0, which="this", page=0) | choices)
 
     def _menus(self):
         return dict(filter=lambda s: [(_label(f), f) for f in self.filters], pairing=lambda s: [("sampled", "sampled"), ("crossed", "crossed")],
                     iteration=lambda s: [(f"samples of M_{n}", n) for n in range(self.run.n_done)], which=lambda s: [(v, k) for k, v in _WHICH.items()])
 
+    def _checked(self, state, asked):
+        if callable(f := state["filter"]): self.filters[reward_name(f)] = f; state["filter"] = reward_name(f)
+        t = state["threshold"]
+        if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t <= 1: raise FilterError(f"threshold = {t!r}: expected a number above 0 and at most 1")
+        state["page"] = 0 if asked - {"page"} else max(0, int(state["page"]))
+        return state
+
 # %% ../nbs/12a_widgets.ipynb #c58b770c
-def _checked(self, state, asked):
-    if callable(f := state["filter"]): self.filters[reward_name(f)] = f; state["filter"] = reward_name(f)
-    t = state["threshold"]
-    if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t <= 1: raise FilterError(f"threshold = {t!r}: expected a number above 0 and at most 1")
-    state["page"] = max(0, int(state["page"]))
-    if self.state and any(self.state[k] != state[k] for k in ("filter", "threshold", "pairing", "iteration", "which")): state["page"] = 0
-    return state
+def _samples(self, n, texts):
+    "Pairs of M_n that either choice may keep."
+    key = n, "crossed" if "crossed" in (self.run.cfg.pairing, self.state["pairing"]) else "sampled"
+    if key not in (self._last if texts else self._rewards):
+        pairs = self.run._pairs(n, "train", key[1], token_ids=False)
+        self._last, self._rewards[key] = {key: pairs}, pairs[["init_index", "corr_init_index", "init_reward", "corr_reward", "kept"]]
+    return self._last[key] if texts else self._rewards[key]
 
-def _crossed(self): return "crossed" in (self.run.cfg.pairing, self.state["pairing"])
-
-def _samples(self, n, texts=False):
-    "Pairs of M_n that either choice may keep; the rewards of all iterations stay in memory, the texts of one."
-    key = n, "crossed" if _crossed(self) else "sampled"
-    if key not in (self._texts if texts else self._marks):
-        pairs = self.run._pairs(n, "train", key[1])
-        self._marks[key] = pairs[[*_KEYS, "init_reward", "corr_reward", "kept"]]
-        self._texts = {key: pairs[[c for c in pairs if not c.endswith("token_ids")]]}
-    return self._texts[key] if texts else self._marks[key]
-
-FilterExplorer._checked = _checked
-
-# %% ../nbs/12a_widgets.ipynb #9111db95
-def _marks(self, n):
-    "For each pair of M_n: was it offered to this choice, did the run keep it, does this choice."
-    p, s = self._samples(n), self.state
+def _marked(self, n, texts=False):
+    "Those pairs, and whether each was offered to this choice, is kept by it, and was kept by the run."
+    p, s = _samples(self, n, texts), self.state
     own = p.init_index == p.corr_init_index
     offered = own | (s["pairing"] == "crossed")
     try: kept = apply_filter(p[offered], self.filters[s["filter"]], s["threshold"]).kept
     except Exception as e: raise FilterError(f"filter {s['filter']} failed on the samples of M_{n}: {type(e).__name__}: {e}") from e
-    return pd.DataFrame(dict(offered=offered, run=p.kept & (own | (self.run.cfg.pairing == "crossed")), this=kept.reindex(p.index, fill_value=False)))
+    return p.assign(offered=offered, run_kept=p.kept & (own | (self.run.cfg.pairing == "crossed")), kept=kept.reindex(p.index, fill_value=False))
 
 def _row(self, n):
-    p, m, t = self._samples(n), _marks(self, n), self.run.cfg.threshold
-    kept, r1, r2 = m.this.sum(), p.init_reward[m.this] >= t, p.corr_reward[m.this] >= t
-    share = lambda x: float(x.sum() / kept) if kept else math.nan
-    overlap = dict(both=(m.run & m.this).sum(), only_run=(m.run & ~m.this).sum(), only_this=(m.this & ~m.run).sum())
-    return dict(pairs=m.offered.sum(), run_kept=m.run.sum(), kept=kept, **overlap,
-                wrong_right=share(~r1 & r2), right_right=share(r1 & r2), wrong_wrong=share(~r1 & ~r2), right_wrong=share(r1 & ~r2))
+    m, t = _marked(self, n), self.run.cfg.threshold
+    r1, r2 = m.init_reward[m.kept] >= t, m.corr_reward[m.kept] >= t
+    return dict(pairs=m.offered.sum(), run_kept=m.run_kept.sum(), kept=m.kept.sum(), both=(m.run_kept & m.kept).sum(), only_run=(m.run_kept & ~m.kept).sum(),
+                only_this=(m.kept & ~m.run_kept).sum(), wrong_right=(~r1 & r2).mean(), right_right=(r1 & r2).mean(), wrong_wrong=(~r1 & ~r2).mean(), right_wrong=(r1 & ~r2).mean())
 
 def _counts(self) -> pd.DataFrame:      # index iteration: whose samples
     "By iteration: pairs, how many the run and this choice keep, the overlap, and what this choice's are made of (right: at least the run's own threshold)."
     return pd.DataFrame([_row(self, n) for n in range(self.run.n_done)]).rename_axis("iteration")
 
-FilterExplorer._samples, FilterExplorer.table = _samples, _counts
+FilterExplorer.table = _counts
 
 # %% ../nbs/12a_widgets.ipynb #53244818
-def _rows_of(self, which) -> pd.DataFrame:
-    n = self.state["iteration"]
-    m, p = _marks(self, n), self._samples(n, texts=True)
-    keep = dict(this=m.this, run=m.run, both=m.run & m.this, only_run=m.run & ~m.this, only_this=m.this & ~m.run)[which]
-    return p[keep].assign(kept_by=(m.run[keep].map({True: "run ", False: ""}) + m.this[keep].map({True: "this", False: ""})).str.strip()).drop(columns="kept")
-
 def _kept(self) -> pd.DataFrame:
-    "The pairs of the chosen iteration that this choice keeps; kept_by says whether the run did as well."
-    return _rows_of(self, "this")
+    "The pairs of the chosen iteration that this choice keeps; run_kept says whether the run did as well."
+    m = _marked(self, self.state["iteration"], texts=True)
+    return m[m.kept].drop(columns="offered")
 
 def _difference(self) -> pd.DataFrame:
     "The pairs of the chosen iteration that only one of the two keeps."
-    return pd.concat([_rows_of(self, "only_this"), _rows_of(self, "only_run")])
+    m = _marked(self, self.state["iteration"], texts=True)
+    return m[m.kept != m.run_kept].drop(columns="offered")
 
 FilterExplorer.kept, FilterExplorer.difference = _kept, _difference
 
@@ -274,52 +250,46 @@ _COUNTS = dict(pairs="pairs", run_kept="kept by the run", kept="kept by this cho
                wrong_right="wrong → right", right_right="right → right", wrong_wrong="wrong → wrong", right_wrong="right → wrong")
 
 def _draw(self):
-    s, cfg, table = self.state, self.run.cfg, self.table()
-    rows = _rows_of(self, s["which"])
+    s, cfg, table, n = self.state, self.run.cfg, self.table(), self.state["iteration"]
+    rows = self.kept() if s["which"] == "this" else self.difference()[lambda d: d.kept == (s["which"] == "only_this")]
     rows = rows.iloc[rows.groupby("question_id").cumcount().argsort(kind="stable")]         # each question once, before one comes again
     s["page"] = min(s["page"], max(0, (len(rows) - 1) // 3))
-    at, shown, n = 3 * s["page"], rows.iloc[3 * s["page"]:][:3], s["iteration"]
+    at, shown = 3 * s["page"], rows.iloc[3 * s["page"]:][:3]
     choice = lambda name, t, pairing: f"<b>{html.escape(_label(name))}</b>, t = {t:g}, {pairing} pairs"
-    return (f"<p>The run kept with {choice(cfg.filter_name, cfg.threshold, cfg.pairing)}; this choice is {choice(s['filter'], s['threshold'], s['pairing'])}. {_same(self)}"
+    return (f"<p>The run kept with {choice(cfg.filter_name, cfg.threshold, cfg.pairing)}; this choice is {choice(s['filter'], s['threshold'], s['pairing'])}. "
             f"The last four columns say what this choice's kept pairs are made of; right is a reward of at least {cfg.threshold:g}.</p>"
-            f"{_table_html(table.rename(columns=_COUNTS), n)}<p><small>{_LIMIT}</small></p>"
+            f"{_table_html(table.rename(columns=_COUNTS), n)}<p>{_LIMIT}</p>"
             f"<p><b>{len(rows):,} pairs of M<sub>{n}</sub> {_WHICH[s['which']]}</b>{f', {at + 1} to {at + len(shown)} of them' if len(rows) else ''}</p>"
             + "".join(_example(self, r) for r in shown.itertuples(index=False)))
 
-_LIMIT = ("Training questions only. M_1 and later models were trained on what the run's own filter kept: a row says what this choice keeps of the samples "
+_LIMIT = ("Training questions only. M<sub>1</sub> and later models learned from what the run's own filter kept: a row says what this choice keeps of the samples "
           "that were drawn in this run, not what a run with this choice would have drawn.")
 
-def _same(self):
-    seen = set().union(*(set(self._samples(n)[c].unique()) for n in range(self.run.n_done) for c in ("init_reward", "corr_reward")))
-    return "All rewards of this run are 0 or 1, so the threshold changes nothing for the filters of this package. " if seen <= {0.0, 1.0} else ""
-
 # %% ../nbs/12a_widgets.ipynb #d2556bd0
+_DEL, _INS = "<del style='background:#d55e0033'>", "<ins style='background:#009e7333'>"
+
 def _example(self, r):
     q = next((q for q in self.run.data.train if q.id == r.question_id), None)
-    head = f"{_label(q.text if q else r.question_id, 300)}   reference: {_label(' / '.join(q.references), 300) if q else '?'}"
-    corrected = diff_html(*map(visible, (r.init_text, r.corr_text))) if max(len(r.init_text), len(r.corr_text)) <= 6000 else _text_html(r.corr_text)
-    box = lambda title, body: f"<div style='flex:1 1 20em;min-width:0'><small>{title}</small>{_PRE.format(body)}</div>"
-    whose = "" if r.init_index == r.corr_init_index else f", drawn for initial answer {r.corr_init_index}"
-    return (f"<div style='border-top:1px solid #8888;padding:.3em 0'><code style='background:none'>{html.escape(head)}</code>"
-            "<div style='display:flex;flex-wrap:wrap;gap:1em'>" + box(f"initial answer {r.init_index}, reward {r.init_reward:g}", _text_html(r.init_text))
-            + box(f"correction {r.corr_index}{whose}, reward {r.corr_reward:g}: {html.escape(r.why)}", corrected) + "</div></div>")
+    head = f"{_label(q.text, 300)}   reference: {_label(' / '.join(q.references), 300)}" if q else _label(r.question_id, 300)
+    corrected = _text_html(r.corr_text) if max(len(r.init_text), len(r.corr_text)) > 6000 else diff_html(visible(r.init_text), visible(r.corr_text))
+    box = lambda title, body: f"<div style='flex:1 1 20em;min-width:0'>{title}{_PRE.format(22, body)}</div>"
+    whose = "" if r.init_index == r.corr_init_index else f", drawn for initial answer {r.corr_init_index + 1}"
+    return (f"<div style='border-top:1px solid #8888;padding:.4em 0'>{_CODE.format(f'<b>{html.escape(head)}</b>')}<div style='display:flex;flex-wrap:wrap;gap:1em'>"
+            + box(f"initial answer {r.init_index + 1}, reward {r.init_reward:g}", _text_html(r.init_text))
+            + box(f"correction {r.corr_index + 1}{whose}, reward {r.corr_reward:g}: {html.escape(r.why)}", corrected.replace("<del>", _DEL).replace("<ins>", _INS)) + "</div></div>")
 
 def _make(self, w):
-    self._turn = _turn(w, lambda step: self.set(page=self.state["page"] + step))
-    threshold = w.BoundedFloatText(description="threshold t", min=0, max=1, step=.05, style=dict(description_width="initial"), layout=w.Layout(width="11em"))
-    return dict(filter=_menu(w, "filter"), threshold=threshold, pairing=_menu(w, "pairing"), iteration=_menu(w, "examples from"), which=_menu(w, "examples"))
+    turn = self._turn(w, lambda step: self.set(page=self.state["page"] + step))
+    threshold = _menu(w, "threshold t", "BoundedFloatText", "10em", min=0, max=1, step=.05)
+    return [dict(filter=_menu(w, "filter"), threshold=threshold, pairing=_menu(w, "pairing")), dict(iteration=_menu(w, "examples from"), which=_menu(w, "examples")) | turn]
 
-def _rows(self):
-    c = self._controls
-    return [[c["filter"], c["threshold"], c["pairing"]], [c["iteration"], c["which"], *self._turn]]
-
-FilterExplorer._draw, FilterExplorer._make, FilterExplorer._rows = _draw, _make, _rows
+FilterExplorer._draw, FilterExplorer._make = _draw, _make
 FilterExplorer._say = lambda self: self.table().to_string(float_format="{:.3f}".format)
 
 # %% ../nbs/12a_widgets.ipynb #a51b35be
-def _find_answer(text: str, marker: str = "Final Answer") -> dict:
+def _find_answer(text: str) -> dict:
     "Where a text gives its final answer: all markers (begin, end), the one that counts, the answer and where it stands."
-    found, answer = list(_marker_pattern(marker).finditer(text)), final_answer(text, marker)
+    found, answer = list(_marker_pattern("Final Answer").finditer(text)), final_answer(text)
     if not found: return dict(markers=[], chosen=None, answer=None, span=None)
     last = next((m for m in reversed(found) if m["opens"] is not None or m["separator"]), found[-1])
     start = text.index(answer, last.end()) if answer else None
@@ -332,11 +302,11 @@ def _verdict(text, references, name, reward, scope) -> dict:
     try: answer, out["value"] = judge(text, references, reward, scope)
     except RewardError as e: return out | dict(note=str(e))
     if scope == "final" and not answer: out["note"] = "no final answer" if answer is None else "nothing follows the marker"
-    if out["value"]: out["matched"] = next((r for r in references if _alone(text, r, reward, scope) == out["value"]), None)
+    if out["value"]: out["matched"] = next((r for r in references if _value(text, [r], reward, scope) == out["value"]), None)
     return out
 
-def _alone(text, reference, reward, scope):
-    try: return judge(text, [reference], reward, scope)[1]
+def _value(text, references, reward, scope):        # None where the reward fails
+    try: return judge(text, references, reward, scope)[1]
     except RewardError: return None
 
 # %% ../nbs/12a_widgets.ipynb #994331e7
@@ -348,163 +318,139 @@ class RewardDebugger(Panel):
                  other=None,                # to compare with
                  text=None,                 # a text of your own
                  references=(),             # its accepted answers
-                 **choices):                # scope, other_scope, iteration, split, listed ("disagreements" or "all"), position
-        self.run, self.rewards, self._all, self._seen, self._listed = run and _begun(run), {}, None, {}, {}
-        self.threshold = run.cfg.threshold if run else 1.0
+                 **choices):                # scope, other_scope, iteration, listed ("disagreements" or "all"), position
+        self.run, self._own, self._texts, self._seen, self._lists = run and _begun(run), {}, {}, {}, {}
+        self._asked = {(s, q.id): q for s in ("train", "test") for q in getattr(run.data, s)} if run else {}
+        self.threshold, scope = (run.cfg.threshold, run.cfg.scope) if run else (1.0, "final")
         reward = reward or (run.reward if run else "in_accuracy")
-        other = other or ("exact_match" if reward_name(reward) != "exact_match" else "in_accuracy")
-        scope = run.cfg.scope if run else "final"
-        at = dict(iteration="all", split="all") if not run or len(self._texts()) <= 20_000 else dict(iteration=run.n_done - 1, split="test")
-        begin = dict(reward=reward, scope=scope, other=other, other_scope=scope, **at, listed="disagreements", position=None, text=text, references=references)
+        other = other or ("in_accuracy" if reward_name(reward) == "exact_match" else "exact_match")
+        iteration = "all" if len(_texts(self)) <= 20_000 else run.n_done - 1
+        begin = dict(reward=reward, scope=scope, other=other, other_scope=scope, iteration=iteration, listed="disagreements", position=None, text=text, references=references)
         super().__init__(**begin | choices)
         if run and text is None and self.state["position"] is None: self.set(listed="disagreements" if len(self.disagreements()) else "all", position=0)
 
-    def _known(self): return dict(sorted((_REWARDS | self.rewards).items()))
-
     def _menus(self):
-        names, scopes = lambda s: [(_label(r), r) for r in self._known()], lambda s: [("final answer", "final"), ("full text", "full")]
+        names, scopes = lambda s: [(_label(r), r) for r in self._rewards()], lambda s: [("final answer", "final"), ("full text", "full")]
         models = [("all models", "all"), *((f"M_{n}", n) for n in range(self.run.n_done if self.run else 0))]
-        return dict(reward=names, scope=scopes, other=names, other_scope=scopes, iteration=lambda s: models,
-                    split=lambda s: [("both splits", "all"), ("train", "train"), ("test", "test")],
-                    listed=lambda s: [("disagreements", "disagreements"), ("all texts", "all")])
+        return dict(reward=names, scope=scopes, other=names, other_scope=scopes, iteration=lambda s: models, listed=lambda s: [(f"{x}", x) for x in ("disagreements", "all")])
+
+    def _rewards(self): return dict(sorted((_REWARDS | self._own).items()))
 
 # %% ../nbs/12a_widgets.ipynb #e3d47128
 def _checked(self, state, asked):
     for k in ("reward", "other"):
-        if callable(f := state[k]):
-            if _REWARDS.get(reward_name(f)) is not f: self.rewards[reward_name(f)] = f
-            state[k] = reward_name(f)
+        if callable(f := state[k]): self._own[reward_name(f)] = f; state[k] = reward_name(f)
     given = state["references"]
-    state["references"] = (given,) if isinstance(given, str) else tuple(map(str, given))
-    state["text"] = "" if state["text"] is None else str(state["text"])
-    changed = {k for k in state if self.state and self.state[k] != state[k]}
-    if "position" not in changed and changed & {"text", "references"}: state["position"] = None         # a text of the user's own
-    elif state["position"] is not None: self._pick(state, changed)
+    state["references"], state["text"] = (given,) if isinstance(given, str) else tuple(map(str, given)), str(state["text"] or "")
+    changed = {k for k in self.state if self.state[k] != state[k]}
+    if "position" not in changed and changed & {"text", "references"}: state["position"] = None
+    elif state["position"] is not None:
+        rows = _listed(self, state)
+        at = min(max(0, int(state["position"])), len(rows) - 1) if not changed or "position" in changed else 0
+        state["position"] = at if len(rows) else None
+        if len(rows): r = rows.iloc[at]; state["text"], state["references"] = r.text, tuple(self._asked[r.split, r.question_id].references)
     return state
 
-def _pick(self, state, changed):
-    "Take over the text at the chosen position of the list."
-    rows = _list(self, state)
-    if changed - {"text", "references", "position"} and "position" not in changed: state["position"] = 0
-    if not len(rows): state["position"] = None; return
-    state["position"] = max(0, min(int(state["position"]), len(rows) - 1))
-    r = rows.iloc[state["position"]]
-    state["text"], state["references"] = r.text, tuple(self._asked[r.question_id].references)
-
-RewardDebugger._checked, RewardDebugger._pick = _checked, _pick
+RewardDebugger._checked = _checked
 
 # %% ../nbs/12a_widgets.ipynb #b3c33d7e
-_WHERE = ["iteration", "split", "question_id", "init_index", "corr_index"]
+_WHERE, _ONCE = ["iteration", "split", "question_id", "init_index", "corr_index"], ["split", "question_id", "text"]
 
 def _texts(self) -> pd.DataFrame:
     "Every text of the run and where it was drawn; corr_index is None for an initial answer."
-    if self._all is None or self._all[0] != self.run.n_done:
+    if not self.run: return pd.DataFrame(columns=[*_WHERE, "text"])
+    if (n := self.run.n_done) not in self._texts:
         t = self.run.trajectories.astype(dict(corr_index=object))
-        first = t.drop_duplicates(["split", "question_id", "init_index", "init_seed", "init_text"]).assign(corr_index=None).rename(columns=dict(init_text="text"))
-        every = pd.concat([first[[*_WHERE, "text"]], t.rename(columns=dict(corr_text="text"))[[*_WHERE, "text"]]], ignore_index=True)
-        self._all, self._listed = (self.run.n_done, every.sort_values("iteration", kind="stable", ignore_index=True)), {}
-        self._asked = {q.id: q for s in ("train", "test") for q in getattr(self.run.data, s)}
-    return self._all[1]
+        first = t.drop_duplicates(["split", "question_id", "init_index", "init_seed", "init_text"]).assign(corr_index=None)
+        every = pd.concat([x.rename(columns={c: "text"})[[*_WHERE, "text"]] for x, c in ((first, "init_text"), (t, "corr_text"))])
+        self._texts, self._lists = {n: every.sort_values("iteration", kind="stable", ignore_index=True)}, {}
+    return self._texts[n]
 
-def _values(self, rows, reward, scope) -> list:     # None where the reward failed
-    "What texts of the run earn under a reward; each is asked once."
-    seen = self._seen.setdefault((reward, scope), {})
-    for key in zip(rows.question_id, rows.text):
-        if key not in seen: seen[key] = _value(key[1], list(self._asked[key[0]].references), reward, scope)
-    return [seen[key] for key in zip(rows.question_id, rows.text)]
+def _list(self, s) -> pd.DataFrame:
+    "The texts of the chosen models, each once, what the two rewards give, and whether they disagree."
+    rows, reward = _texts(self), lambda k: self._own.get(s[k]) or get_reward(s[k])
+    key = *(one := (reward("reward"), s["scope"])), *(two := (reward("other"), s["other_scope"])), s["iteration"]
+    if key not in self._lists:
+        if s["iteration"] != "all": rows = rows[rows.iteration == s["iteration"]]
+        rows = rows.assign(times=rows.groupby(_ONCE).text.transform("size")).drop_duplicates(_ONCE)
+        a, b = ([self._earned(r, *x) for r in rows.itertuples()] for x in (one, two))
+        right = lambda v: None if v is None else v >= self.threshold
+        rows = rows.assign(value=pd.array(a, "Float64"), other_value=pd.array(b, "Float64"), differ=[right(x) != right(y) for x, y in zip(a, b)])
+        self._lists = {key: rows.reset_index(drop=True)}
+    return self._lists[key]
 
-def _value(text, references, reward, scope):
-    try: return judge(text, references, reward, scope)[1]
-    except RewardError: return None
+def _earned(self, r, reward, scope):
+    key = r.split, r.question_id, r.text, reward, scope
+    if key not in self._seen: self._seen[key] = _value(r.text, list(self._asked[key[:2]].references), reward, scope)
+    return self._seen[key]
 
-RewardDebugger._texts, RewardDebugger._values = _texts, _values
+def _listed(self, s): return rows[rows.differ].reset_index(drop=True) if len(rows := _list(self, s)) and s["listed"] == "disagreements" else rows
+
+RewardDebugger._earned = _earned
 
 # %% ../nbs/12a_widgets.ipynb #33085798
-def _list(self, s) -> pd.DataFrame:
-    "The texts that are being looked through, with what the two rewards give."
-    if self.run is None: return pd.DataFrame(columns=[*_WHERE, "text", "times", "value", "other_value"])
-    rows, reward = self._texts(), lambda k: self._known().get(s[k]) or get_reward(s[k])
-    key = reward("reward"), s["scope"], reward("other"), s["other_scope"], s["iteration"], s["split"], s["listed"]
-    if key not in self._listed:
-        for k in ("iteration", "split"): rows = rows if s[k] == "all" else rows[rows[k] == s[k]]
-        unique = ["split", "question_id", "text"]
-        rows = rows.assign(times=rows.groupby(unique).text.transform("size")).drop_duplicates(unique)
-        a, b = self._values(rows, *key[:2]), self._values(rows, *key[2:4])
-        right = lambda v: None if v is None else v >= self.threshold
-        keep = [s["listed"] == "all" or right(x) != right(y) for x, y in zip(a, b)]
-        rows = rows.assign(value=pd.array(a, "Float64"), other_value=pd.array(b, "Float64"))[keep].reset_index(drop=True)
-        self._listed = {k: v for k, v in self._listed.items() if k[:-1] == key[:-1]} | {key: rows}
-    return self._listed[key]
-
 def _disagreements(self) -> pd.DataFrame:
     "Texts of the run that are right under one of the two rewards alone, or on which one of them fails."
-    return _list(self, self.state | dict(listed="disagreements"))
+    return _listed(self, self.state | dict(listed="disagreements"))
 
 def _verdicts(self) -> pd.DataFrame:
     "What each registered reward gives for the text in each scope, the reference that it matched, and what is to be said."
     s = self.state
-    rows = [_verdict(s["text"], list(s["references"]), n, f, scope) for n, f in self._known().items() for scope in ("final", "full")]
+    rows = [_verdict(s["text"], list(s["references"]), n, f, scope) for n, f in self._rewards().items() for scope in ("final", "full")]
     return pd.DataFrame(rows, dtype=object).astype(dict(value=float))
 
 def _extraction(self) -> dict:
     "The final answer, the markers found, which of them counts, and where the answer stands."
     return _find_answer(self.state["text"])
 
-def _normal(self) -> pd.DataFrame:
+def _normalised(self) -> pd.DataFrame:
     "The final answer and each reference, and the tokens that a verdict looks at."
     said = [("final answer", a)] if (a := _extraction(self)["answer"]) else []
     rows = [*said, *((f"reference {i}", r) for i, r in enumerate(self.state["references"], 1))]
     return pd.DataFrame([(what, t, tokens(t)) for what, t in rows], columns=["what", "text", "tokens"], dtype=object)
 
-RewardDebugger.disagreements, RewardDebugger.verdicts, RewardDebugger.extraction, RewardDebugger.normalised = _disagreements, _verdicts, _extraction, _normal
+RewardDebugger.disagreements, RewardDebugger.verdicts, RewardDebugger.extraction, RewardDebugger.normalised = _disagreements, _verdicts, _extraction, _normalised
 
 # %% ../nbs/12a_widgets.ipynb #a7ff03f7
 def _draw(self):
-    s, e = self.state, _extraction(self)
+    s, e, verdicts = self.state, _extraction(self), self.verdicts().set_index("reward")
     spans = [(*m, "u title='the marker that counts'" if m == e["chosen"] else "s title='a marker that does not count'") for m in e["markers"]]
     if e["span"]: spans.append((*e["span"], "mark"))
-    verdicts = self.verdicts().set_index("reward")
-    if not verdicts.note.any(): verdicts = verdicts.drop(columns="note")
-    return (self._where() + _PRE.format(_text_html(s["text"], spans) or "<em>no text</em>") + f"<p>{_found(e)}</p>"
-            + f"<p><b>Verdicts</b>; right is a reward of at least {self.threshold:g}</p>" + _table_html(verdicts)
-            + "<p><b>What is compared</b>: case, accents' spelling, punctuation and articles do not count</p>" + _tokens_table(self.normalised()))
+    forms = self.normalised().assign(tokens=lambda n: [" · ".join(t) for t in n.tokens]).rename(columns=dict(text="as written")).set_index("what")
+    return (_where(self) + _PRE.format(22, _text_html(s["text"], spans) or "<em>no text</em>") + f"<p>{_found(e)}</p>"
+            + f"<p><b>Verdicts</b>; right is a reward of at least {self.threshold:g}</p>" + _table_html(verdicts if verdicts.note.any() else verdicts.drop(columns="note"))
+            + "<p><b>What is compared</b>: case, accents' spelling, punctuation and articles do not count</p>" + _table_html(forms))
 
 def _found(e):
     "How the final answer was found, in words."
     if e["chosen"] is None: return "Final answer: none, there is no marker “Final Answer” in the text."
-    at, n = f"the marker that counts stands at character {e['chosen'][0]:,} (underlined)", len(e["markers"]) - 1
-    others = f"; {n} other marker{'s do' if n > 1 else ' does'} not count (struck through)" if n else ""
-    if not e["answer"]: return f"Final answer: empty; {at}, and nothing follows it{others}."
-    return f"Final answer: <code>{_text_html(e['answer'], limit=500)}</code>; {at}, the answer at {e['span'][0]:,} (highlighted){others}."
-
-def _tokens_table(df):
-    cut = lambda ts: " · ".join(ts[:60]) + (f" … {len(ts) - 60:,} more" if len(ts) > 60 else "")
-    return _table_html(df.assign(tokens=df.tokens.map(cut)).rename(columns=dict(text="as written")).set_index("what"))
+    others = "; other markers do not count (struck through)" if len(e["markers"]) > 1 else ""
+    answer = f"{_CODE.format(_text_html(e['answer'], limit=500))} (highlighted)" if e["answer"] else "empty, nothing follows the marker"
+    return f"Final answer: {answer}; the marker that counts is underlined{others}."
 
 def _where(self):
+    "Which text of the run is shown."
     s = self.state
-    if self.run is None: return ""
-    rows = _list(self, s)
-    every = len(_list(self, s | dict(listed="all")))
-    listed = f"{len(_disagreements(self)):,} of {every:,} different texts are right under one of the two rewards alone, or one of them fails"
-    if s["position"] is None: return f"<p>{listed}. Shown is a text of your own.</p>" if s["text"] or not len(rows) else f"<p>{listed}.</p>"
+    if not self.run: return ""
+    rows, every = _listed(self, s), _list(self, s)
+    said = f"<p>{every.differ.sum():,} of {len(every):,} different texts are right under one of the two rewards alone, or one of them fails. "
+    if s["position"] is None: return said + ("Shown is a text of your own.</p>" if s["text"] else "</p>")
     r = rows.iloc[s["position"]]
-    answer = f"initial answer {r.init_index}" if r.corr_index is None else f"correction {r.corr_index} of initial answer {r.init_index}"
+    answer = f"initial answer {r.init_index + 1}" if r.corr_index is None else f"correction {r.corr_index + 1} of initial answer {r.init_index + 1}"
     earned = lambda v, k: f"{'an error' if v is pd.NA else f'{v:g}'} under {html.escape(_label(s[k]))} ({s['scope' if k == 'reward' else 'other_scope']})"
-    return (f"<p>{listed}. Shown is {s['position'] + 1:,} of {len(rows):,}: M<sub>{r.iteration}</sub>, {r.split}, {answer}{f', drawn {r.times} times' if r.times > 1 else ''}; "
-            f"{earned(r.value, 'reward')}, {earned(r.other_value, 'other')}.<br>"
-            f"<code style='background:none'>{_text_html(self._asked[r.question_id].text, limit=500)}</code></p>")
+    return (f"{said}Shown is {s['position'] + 1:,} of {len(rows):,}: M<sub>{r.iteration}</sub>, {r.split}, {answer}{f', drawn {r.times} times' if r.times > 1 else ''}; "
+            f"{earned(r.value, 'reward')}, {earned(r.other_value, 'other')}.<br>{_CODE.format(_text_html(self._asked[r.split, r.question_id].text, limit=500))}</p>")
 
-RewardDebugger._draw, RewardDebugger._where, RewardDebugger._say = _draw, _where, lambda self: self.verdicts().to_string()
+RewardDebugger._draw, RewardDebugger._say = _draw, lambda self: self.verdicts().to_string()
 
 # %% ../nbs/12a_widgets.ipynb #28f332f0
 def _make(self, w):
     box = lambda label, hint: w.Textarea(description=label, placeholder=hint, rows=5, layout=w.Layout(flex="1 1 24em", width="auto"))
-    self._turn = _turn(w, lambda step: self.set(position=0 if self.state["position"] is None else self.state["position"] + step))
-    menus = dict(reward="reward", scope="on the", other="compared with", other_scope="on the", iteration="texts of", split="on", listed="step through")
-    return {k: _menu(w, label) for k, label in menus.items()} | dict(
-        position=w.IntText(description="number", layout=w.Layout(width="11em")), references=box("references", "one a line"),
-        text=box("text", "a text of any length; one above 20,000 characters is not shown here"))
+    typed = dict(text=box("text", "a text of any length; one above 20,000 characters is not shown here"), references=box("references", "one a line"))
+    if not self.run: return [typed]
+    compared = {k: _menu(w, label) for k, label in dict(reward="reward", scope="on the", other="compared with", other_scope="on the").items()}
+    listed = dict(iteration=_menu(w, "texts of"), listed=_menu(w, "step through"), position=_menu(w, "number", "IntText", "9em"))
+    return [compared, listed | self._turn(w, lambda step: self.set(position=0 if self.state["position"] is None else self.state["position"] + step)), typed]
 
 def _to_control(self, name, value):
     if name == "position": return 0 if value is None else value + 1
@@ -514,17 +460,11 @@ def _to_control(self, name, value):
 def _from_control(self, name, value):
     return value - 1 if name == "position" else tuple(r for r in value.split("\n") if r.strip()) if name == "references" else value
 
-def _rows(self):
-    c = self._controls
-    rows = [["reward", "scope", "other", "other_scope"], ["iteration", "split", "listed", "position"]] if self.run else []
-    rows = [[c[k] for k in r] for r in rows]
-    if rows: rows[1] += self._turn
-    return [*rows, [c["text"], c["references"]]]
-
-RewardDebugger._make, RewardDebugger._to_control, RewardDebugger._from_control, RewardDebugger._rows = _make, _to_control, _from_control, _rows
+RewardDebugger._make, RewardDebugger._to_control, RewardDebugger._from_control = _make, _to_control, _from_control
 
 # %% ../nbs/12a_widgets.ipynb #5ccf27b9
-_PHASES = dict(initial="an initial answer as sampled", correction="a correction as sampled", training="a kept correction as trained on")
+_PHASES = dict(initial="an initial answer, as sampled", correction="a correction, as sampled", training="a kept correction, as a training example")
+_KEYS = ["init_index", "corr_init_index", "corr_index"]
 
 class PromptInspector(Panel):
     "The tokens of a prompt and of what followed it, and which of them the loss sees."
@@ -535,56 +475,46 @@ class PromptInspector(Panel):
         self.run, self._tokenizer, self._tables, self._asked = _begun(run), tokenizer, {}, {s: {q.id: q for q in getattr(run.data, s)} for s in ("train", "test")}
         super().__init__(**dict(phase="training" if choices.get("split") != "test" else "correction", split=None, iteration=0, question=None, sample=None) | choices)
 
-    def _menus(self):
-        return dict(phase=lambda s: [(v, k) for k, v in _PHASES.items()], split=lambda s: [("train", "train"), ("test", "test")],
-                    iteration=lambda s: [(f"M_{n}", n) for n in range(self.run.n_done)], question=self._questions, sample=self._samples)
+    def _menus(self):           # held-out questions are not trained on
+        return dict(phase=lambda s: [(v, k) for k, v in _PHASES.items()], split=lambda s: [(x, x) for x in ("train", "test")[:1 + (s["phase"] != "training")]],
+                    iteration=lambda s: [(f"M_{n}", n) for n in range(self.run.n_done)], question=self._questions, sample=self._draws)
+
+    def _checked(self, state, asked):
+        ids = list(self._asked.get(state["split"] or "train", ()))
+        if isinstance(q := state["question"], int):
+            if not -len(ids) <= q < len(ids): raise ConfigError(f"question {q} is not there: {state['split'] or 'train'} has {len(ids):,}, numbered from 0")
+            state["question"] = ids[q]
+        return state | dict(sample=state["sample"] and tuple(state["sample"]))
 
 # %% ../nbs/12a_widgets.ipynb #4797418a
 def _table(self, s) -> pd.DataFrame:
     "The rows that a phase has in the chosen iteration, with the ids that were generated."
-    initial, c = s["phase"] == "initial", self.run.cfg
-    key = s["split"], s["iteration"], initial, c.pairing if s["phase"] == "training" else "sampled"
+    key = phase, split, n = s["phase"], s["split"], s["iteration"]
     if key not in self._tables:
-        n = s["iteration"] if self.run.variant.evolving_init else 0
-        self._tables = {key: self.run.dir.table(n, f"initial.{s['split']}") if initial else self.run._pairs(s["iteration"], s["split"], key[3])}
-    return self._tables[key][lambda t: t.kept] if s["phase"] == "training" else self._tables[key]
+        if phase == "initial": t = self.run.dir.table(n if self.run.variant.evolving_init else 0, f"initial.{split}").assign(corr_init_index=lambda t: t.init_index, corr_index=0)
+        else: t = self.run._pairs(n, split, self.run.cfg.pairing if phase == "training" else "sampled")
+        self._tables = {key: t[t.kept] if phase == "training" else t}
+    return self._tables[key]
 
 def _questions(self, s):
-    asked, there = self._asked[s["split"]], set(_table(self, s).question_id)
-    return [(f"{i}: {_label(q.text)}", q.id) for i, q in enumerate(asked.values()) if q.id in there]
+    there = set(_table(self, s).question_id)
+    return [(f"{i}: {_label(q.text)}", q.id) for i, q in enumerate(self._asked[s["split"]].values()) if q.id in there]
 
-def _samples(self, s):
+def _draws(self, s):
     t, right = _table(self, s), lambda r: "right" if r >= self.run.cfg.threshold else "wrong"
-    rows = t[t.question_id == s["question"]]
-    if s["phase"] == "initial": return [(f"initial answer {r.init_index}, {right(r.init_reward)}", (r.init_index, r.init_index, 0)) for r in rows.itertuples()]
-    whose = lambda r: "" if r.init_index == r.corr_init_index else f" (drawn for {r.corr_init_index})"
-    name = lambda r: f"correction {r.corr_index}{whose(r)} of initial answer {r.init_index}, {right(r.init_reward)} → {right(r.corr_reward)}"
-    return [(name(r), (r.init_index, r.corr_init_index, r.corr_index)) for r in rows.itertuples()]
+    rows, initial = t[t.question_id == s["question"]], lambda r: f"initial answer {r.init_index + 1}, {right(r.init_reward)}"
+    whose = lambda r: "" if r.init_index == r.corr_init_index else f" (drawn for {r.corr_init_index + 1})"
+    name = lambda r: initial(r) if s["phase"] == "initial" else f"correction {r.corr_index + 1}{whose(r)} of {initial(r)} → {right(r.corr_reward)}"
+    return [(name(r), tuple(int(getattr(r, k)) for k in _KEYS)) for r in rows.itertuples()]
 
-PromptInspector._questions, PromptInspector._samples = _questions, _samples
-
-# %% ../nbs/12a_widgets.ipynb #53abbe3d
-def _checked(self, state, asked):
-    if state["phase"] == "training":
-        if state["split"] == "test" and "split" in asked: raise ConfigError("held-out questions are not trained on: choose a sampled phase to see them")
-        state["split"] = "train"
-    state["split"] = state["split"] or "train"
-    ids = list(self._asked.get(state["split"], ()))
-    if isinstance(q := state["question"], int) and not isinstance(q, bool):
-        if not -len(ids) <= q < len(ids): raise ConfigError(f"question {q} is not there: {state['split']} has {len(ids):,}, numbered from 0")
-        state["question"] = ids[q]
-    if state["sample"] is not None: state["sample"] = tuple(state["sample"])
-    return state
-
-def _tokenizer(self):
+def _get_tokenizer(self):
     "The given one, the engine's where a model is loaded already, or that of the run's model, without its weights."
     if self._tokenizer is None:
-        engine = self.run._engine
         from stasc.model import load_tokenizer
-        self._tokenizer = engine.tokenizer if engine else load_tokenizer(self.run.cfg)
+        self._tokenizer = self.run._engine.tokenizer if self.run._engine else load_tokenizer(self.run.cfg)
     return self._tokenizer
 
-PromptInspector._checked, PromptInspector.tokenizer = _checked, property(_tokenizer)
+PromptInspector._questions, PromptInspector._draws, PromptInspector.tokenizer = _questions, _draws, property(_get_tokenizer)
 
 # %% ../nbs/12a_widgets.ipynb #8247ae9e
 def _token_text(tokenizer, i: int) -> str:
@@ -597,23 +527,22 @@ def _special_ids(tokenizer) -> set:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*getattr(tokenizer, "all_special_ids", []), *(i for i, t in added.items() if t.special), getattr(tokenizer, "eos_token_id", None)} - {None}
 
-def _ids(self):             # ids of the prompt, ids of what followed, the row
+def _shown(self):           # ids of the prompt that was sampled from, ids of the prompt shown, ids of what followed, its text
     s, t = self.state, _table(self, self.state)
     if s["sample"] is None: raise ConfigError(f"no correction of M_{s['iteration']} was kept, so there is no training example; choose another iteration or phase")
-    j, drawn_for, k = s["sample"]
-    at = (t.question_id == s["question"]) & (t.init_index == j) & ((t.corr_init_index == drawn_for) & (t.corr_index == k) if s["phase"] != "initial" else True)
-    r, q, prompter = t[at].iloc[0], self._asked[s["split"]][s["question"]], Prompter(self.tokenizer, self.run.cfg, None, self.run.prompts)
-    which, prompt = ("init", prompter.initial(q)) if s["phase"] == "initial" else ("corr", prompter.correction(q, r.init_text, s["phase"] == "training"))
-    ids = [int(i) for i in r[f"{which}_token_ids"]]
-    if self.tokenizer.decode(ids, skip_special_tokens=True) != r[f"{which}_text"]:
+    r = t[(t.question_id == s["question"]) & (t[_KEYS] == list(s["sample"])).all(axis=1)].iloc[0]
+    q, prompter, which = self._asked[s["split"]][s["question"]], Prompter(self.tokenizer, self.run.cfg, None, self.run.prompts), "init" if s["phase"] == "initial" else "corr"
+    sampled = prompter.initial(q) if which == "init" else prompter.correction(q, r.init_text)
+    ids, text = [int(i) for i in r[f"{which}_token_ids"]], r[f"{which}_text"]
+    if self.tokenizer.decode(ids, skip_special_tokens=True) != text:
         raise ConfigError(f"the tokenizer {self.tokenizer.name_or_path} does not turn the stored ids into the stored text, "
                           "so it is not the one that the run was made with; give that one as tokenizer=")
-    return prompt, ids, r
+    return sampled, prompter.correction(q, r.init_text, training=True) if s["phase"] == "training" else sampled, ids, text
 
 # %% ../nbs/12a_widgets.ipynb #0effa004
 def _tokens(self) -> list:      # (id, text, kind): prompt, generated or learned; "special" is added where the token is one
     "Every token of the prompt and of what followed it."
-    prompt, ids, _ = _ids(self)
+    _, prompt, ids, _ = _shown(self)
     special, text = _special_ids(self.tokenizer), functools.cache(lambda i: _token_text(self.tokenizer, i))
     kind = "learned" if self.state["phase"] == "training" else "generated"
     return [(i, text(i), k + (" special" if i in special else "")) for ids_, k in ((prompt, "prompt"), (ids, kind)) for i in ids_]
@@ -623,62 +552,44 @@ def _counts(self) -> dict:
     return dict(Counter(kind for _, _, kind in self.tokens()))
 
 def _continues(self) -> dict:
-    "Does the training example begin with the prompt that was sampled from, and where does it first differ? Would its text, tokenised anew, give its ids?"
-    (prompt, ids, r), special = _ids(self), _special_ids(self.tokenizer)
-    q = self._asked[self.state["split"]][self.state["question"]]
-    sampled = prompt if self.state["phase"] != "training" else Prompter(self.tokenizer, self.run.cfg, None, self.run.prompts).correction(q, r.init_text)
-    differs = next((i for i, (a, b) in enumerate(zip(prompt, sampled)) if a != b), None if len(prompt) == len(sampled) else min(len(prompt), len(sampled)))
-    text = r["init_text" if self.state["phase"] == "initial" else "corr_text"]
-    return dict(same_prompt=differs is None, differs_at=differs, n_prompt=len(prompt), n_sampled_prompt=len(sampled), n_completion=len(ids),
-                same_ids=self.tokenizer(text, add_special_tokens=False)["input_ids"] == [i for i in ids if i not in special])
+    "Does the training example begin with the prompt that was sampled from? Would its text, tokenised anew, give its ids?"
+    (sampled, prompt, ids, text), special = _shown(self), _special_ids(self.tokenizer)
+    return dict(same_prompt=list(sampled) == list(prompt), same_ids=self.tokenizer(text, add_special_tokens=False)["input_ids"] == [i for i in ids if i not in special])
 
 PromptInspector.tokens, PromptInspector.counts, PromptInspector.continues = _tokens, _counts, _continues
 
 # %% ../nbs/12a_widgets.ipynb #4ddfa898
-_KINDS = dict(prompt=("span", "background:rgba(128,128,128,.12)"), generated=("i", "background:rgba(86,180,233,.25)"),
-              learned=("b", "background:rgba(230,159,0,.3);text-decoration:underline"))
+_KINDS = dict(prompt=("span", "background:#80808020"), generated=("i", "background:#56b4e940"), learned=("b", "background:#e69f004d;text-decoration:underline"))
 
 def _token_html(i, text, kind):
     tag, style = _KINDS[kind.split()[0]]
     if kind.endswith("special"): style += ";border:1px solid;border-radius:3px;padding:0 2px"
-    shown = visible(text).replace("\n", "⏎\n")
-    return f"<{tag} style='{style};margin-right:1px' title='{i}: {html.escape(repr(text)[:60])} ({kind})'>{html.escape(shown)}</{tag}>"
+    return f"<{tag} style='{style};margin-right:1px' title='{i}: {html.escape(repr(text)[:60])} ({kind})'>{html.escape(visible(text)).replace(chr(10), '⏎' + chr(10))}</{tag}>"
 
 def _draw(self):
-    tokens, c = self.tokens(), self.continues()
-    head, tail = (tokens, []) if len(tokens) <= 2500 else (tokens[:1500], tokens[-1000:])
-    left = f"<em>[… {len(tokens) - 2500:,} of {len(tokens):,} tokens left out …]</em>" if tail else ""
-    followed = "learned" if self.state["phase"] == "training" else "generated"
-    legend = " ".join(_token_html("its id", k, k) for k in ("prompt", "prompt special", followed, f"{followed} special"))
-    counts = ", ".join(f"{n:,} {k}" for k, n in Counter(k for _, _, k in tokens).items())
-    return (f"<p>{len(tokens):,} tokens: {counts}. {_fate(self, c)}</p><p><code style='background:none'>{legend}</code></p>"
-            + _PRE.replace("22em", "40em").format("".join(_token_html(*t) for t in head) + left + "".join(_token_html(*t) for t in tail)))
+    tokens, counts = self.tokens(), self.counts()
+    left = f"<em>[… {len(tokens) - 2500:,} of {len(tokens):,} tokens left out …]</em>" if len(tokens) > 2500 else ""
+    shown = [_token_html(*t) for t in tokens]
+    legend = " ".join(_token_html("its id", f"{k}: {n:,}", k) for k, n in counts.items())
+    return (f"<p>{len(tokens):,} tokens. {_fate(self)}</p><p>{_CODE.format(legend)}</p>" + _PRE.format(40, "".join([*shown[:1500], left, *shown[-1000:]] if left else shown)))
 
-def _fate(self, c):
+def _fate(self):
+    c = self.continues()
     anew = "" if c["same_ids"] else " Tokenising the text anew would give other ids than those that were sampled; the sampled ones are used."
     if self.state["phase"] != "training": return "None of them is learned: this is what was read and sampled." + anew
-    if c["same_prompt"]:
-        return f"The example continues the prompt that was sampled from, token for token ({c['n_prompt']:,}), with the {c['n_completion']:,} ids that were sampled.{anew}"
-    return (f"The example does not repeat the prompt that was sampled from ({c['n_sampled_prompt']:,} tokens): it differs from token {c['differs_at']:,} on"
-            f"{', the examples are left out (train_prompt = no_examples)' if self.run.cfg.train_prompt == 'no_examples' else ''}." + anew)
-
-PromptInspector._draw = _draw
-PromptInspector._say = lambda self: "".join(f"[{t}]" if k.endswith("special") else t for _, t, k in self.tokens()[-400:])
-
-# %% ../nbs/12a_widgets.ipynb #1e378574
-def _make(self, w):
-    self._turn = _turn(w, self._step)
-    return dict(phase=_menu(w, "show"), split=_menu(w, "split"), iteration=_menu(w, "iteration"), question=_menu(w, "question", "28em"), sample=_menu(w, "sample"))
-
-def _rows(self):
-    c = self._controls
-    return [[c["phase"], c["split"], c["iteration"]], [c["question"], *self._turn, c["sample"]]]
+    if c["same_prompt"]: return "The example continues the prompt that was sampled from, token for token, with the ids that were sampled." + anew
+    return "The example does not repeat the prompt that was sampled from: the examples are left out (train_prompt = no_examples)." + anew
 
 def _step(self, step):
     ids = [v for _, v in self._questions(self.state)]
     if ids: self.set(question=ids[(ids.index(self.state["question"]) + step) % len(ids)])
 
-PromptInspector._make, PromptInspector._rows, PromptInspector._step = _make, _rows, _step
+def _make(self, w):
+    return [dict(phase=_menu(w, "show"), split=_menu(w, "split"), iteration=_menu(w, "iteration")),
+            dict(question=_menu(w, "question", width="24em")) | self._turn(w, functools.partial(_step, self)) | dict(sample=_menu(w, "sample"))]
+
+PromptInspector._draw, PromptInspector._make = _draw, _make
+PromptInspector._say = lambda self: "".join(f"[{t}]" if k.endswith("special") else t for _, t, k in self.tokens()[-400:])
 
 # %% ../nbs/12a_widgets.ipynb #061b16ec
 class CurveExplorer(Panel):
@@ -687,68 +598,63 @@ class CurveExplorer(Panel):
     _many = "runs", "variants", "paper"
     def __init__(self, runs,            # a run, a list, or a dict name -> run
                  **choices):            # runs, variants, split, measure, paper: names of published runs
-        self.runs, self._measured = named_runs(runs), {}
-        self._published = {p.name: p for p in published()}
-        super().__init__(**dict(runs=tuple(self.runs), variants=tuple(self._variants()), split="test", measure="acc_t2", paper=()) | choices)
-
-    def _variants(self): return sorted({_variant(r) for r in self.runs.values()})
+        self.runs, self._measured, self._published = named_runs(runs), {}, {p.name: p for p in published()}
+        self._variants = sorted({_variant(r) for r in self.runs.values()})
+        super().__init__(**dict(runs=tuple(self.runs), variants=tuple(self._variants), split="test", measure="acc_t2", paper=()) | choices)
 
     def _menus(self):
         names = lambda xs: lambda s: [(_label(x), x) for x in xs]
-        return dict(runs=names(self.runs), variants=names(self._variants()), split=lambda s: [("held-out questions", "test"), ("training questions", "train")],
+        return dict(runs=names(self.runs), variants=names(self._variants), split=lambda s: [("held-out questions", "test"), ("training questions", "train")],
                     measure=lambda s: [(v, k) for k, v in MEASURES.items()], paper=names(self._published))
+
+    def _checked(self, state, asked):
+        return state | {k: tuple(state[k]) if isinstance(state[k], (tuple, list, set)) else (state[k],) for k in self._many}
 
 def _variant(run): return str(getattr(getattr(run, "cfg", run), "variant", "?"))
 
 # %% ../nbs/12a_widgets.ipynb #2c8a1e76
-def _checked(self, state, asked):
-    for k in self._many: state[k] = tuple(state[k]) if isinstance(state[k], (tuple, list, set)) else (state[k],)
-    return state
+def _measures(self, name) -> pd.DataFrame:
+    "All measures of a run on the chosen split; a published run has some of them, and no intervals."
+    run, split = (self._published | self.runs)[name], self.state["split"]
+    m, start = run.metrics, f"{split}_"
+    if (key := (name, split, len(m))) not in self._measured:
+        rows = getattr(run, "trajectories", None) if len(m) else None
+        self._measured[key] = (by_iteration(rows, split, getattr(getattr(run, "cfg", None), "threshold", 1.0)) if rows is not None
+                               else m[[c for c in m if c.startswith(start)]].rename(columns=lambda c: c.removeprefix(start)))
+    return self._measured[key]
 
-def _measure_run(self, name):
-    "All measures of a run on both splits; a published run has some of them, and no intervals."
-    run, split = self.runs[name] if name in self.runs else self._published[name], self.state["split"]
-    if (key := (name, len(m := run.metrics))) not in self._measured:
-        rows, t, splits = getattr(run, "trajectories", None) if len(m) else None, getattr(getattr(run, "cfg", None), "threshold", 1.0), ("test", "train")
-        if rows is None: self._measured[key] = {x: m[[c for c in m if c.startswith(f"{x}_")]].rename(columns=lambda c: c.removeprefix(f"{x}_")) for x in splits}
-        else: self._measured[key] = {x: by_iteration(rows, x, t) for x in splits}
-    return self._measured[key][split]
-
-def _frame(self) -> pd.DataFrame:       # run, iteration, value, lo, hi, published
+def _frame(self) -> pd.DataFrame:       # run, iteration, value, published, lo, hi
     "The curves that are shown, as numbers."
-    s = self.state
+    s, out = self.state, [pd.DataFrame(columns=["run", "iteration", "value", "published", "lo", "hi"])]
     names = [n for n in s["runs"] if _variant(self.runs[n]) in s["variants"]]
-    out = []
-    for name in [*names, *(p for p in s["paper"] if p not in names)]:
-        t = _measure_run(self, name)
+    for name in dict.fromkeys([*names, *s["paper"]]):
+        t = _measures(self, name).rename_axis("iteration").reset_index()
         if s["measure"] not in t or not t[s["measure"]].notna().any(): continue
-        rows = dict(run=name, iteration=t.index, value=t[s["measure"]].to_numpy(), published=name not in names)
-        out.append(pd.DataFrame(rows | {e: t[f"{s['measure']}_{e}"].to_numpy() if f"{s['measure']}_{e}" in t else math.nan for e in ("lo", "hi")}))
-    return pd.concat(out, ignore_index=True) if out else pd.DataFrame(columns=["run", "iteration", "value", "published", "lo", "hi"])
+        columns = {s["measure"]: "value", f"{s['measure']}_lo": "lo", f"{s['measure']}_hi": "hi"}
+        out.append(t.rename(columns=columns).reindex(columns=["iteration", *columns.values()]).assign(run=name, published=name not in names)[list(out[0])])
+    return pd.concat(out[1:], ignore_index=True) if out[1:] else out[0]
 
-CurveExplorer._checked, CurveExplorer.frame = _checked, _frame
+CurveExplorer.frame = _frame
 
 # %% ../nbs/12a_widgets.ipynb #40a68ef9
 @_drawn
-def _picture(frame, measure, split, title):
-    fig, ((ax,),) = _new(8.5, 4.6)
-    told, looks = [], zip(cycle([BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK]), cycle("os^Dvp*"), cycle(["-", (0, (6, 1.5)), (0, (4, 1.5, 1, 1.5))]))
-    for (name, t), (colour, marker, stroke) in zip(frame.groupby("run", sort=False), looks):
-        style = dict(color=colour, marker=marker, ls=stroke) | (dict(ls=(0, (1, 1.6)), lw=1.3, mfc="white") if t.published.iloc[0] else {})
-        t = t.set_index("iteration")
-        if t.lo.notna().any(): ax.fill_between(t.index, t.lo, t.hi, color=colour, alpha=.14, lw=0)
-        ax.plot(t.index, t.value, label=plain(name, 24), **style)
-        told.append(f"{_told(name)} {_from_to(t.value)}")
-    ax.set(ylabel=MEASURES[measure], title=title)
+def _picture(frame, words, title):
+    (fig, ((ax,),)), told, ends = _new(9, 4.6), [], []
+    for k, (name, t) in enumerate(frame.groupby("run", sort=False)):
+        t = t.set_index("iteration").rename(columns=dict(lo="value_lo", hi="value_hi")).dropna(axis=1, how="all")
+        if t.published.iloc[0]: ax.plot(t.index, t.value, label=plain(name, 24), **_line_style(k) | dict(ls=(0, (1, 1.6)), lw=1.3, mfc="white"))
+        else: _draw_line(ax, t, "value", plain(name, 24), _line_style(k))
+        told.append(f"{_told(name)} {_from_to(t.value)}"); ends.append((ax.lines[-1], plain(name, 24)))
+    ax.set(ylabel=words, title=title)
     _axis(ax, max(frame.iteration.max(), 1))
-    _label_ends(fig, {ax: [(l, l.get_label()) for l in ax.lines]})
+    _label_ends(fig, {ax: ends})
     return fig, f"{title}, by iteration, first to last value: {'; '.join(told)}."
 
 def _figure(self):          # matplotlib Figure
     "The picture of the curves that are shown."
     s, frame = self.state, self.frame()
     if frame.empty: raise DataError("there is no curve to draw: choose a run, and one of its variants")
-    return _picture(frame, s["measure"], s["split"], f"{MEASURES[s['measure']]} on {dict(test='held-out', train='training')[s['split']]} questions")
+    return _picture(frame, MEASURES[s["measure"]], f"{MEASURES[s['measure']]} on {dict(test='held-out', train='training')[s['split']]} questions")
 
 CurveExplorer.figure = _figure
 
@@ -756,22 +662,17 @@ CurveExplorer.figure = _figure
 def _draw(self):
     s, frame = self.state, self.frame()
     if frame.empty: return "<p>No curve is chosen: choose a run, and one of its variants.</p>"
-    missing = [n for n in s["paper"] if n not in set(frame.run)]
-    note = f"<p><small>{MEASURES[s['measure']]} on this split was not published for {html.escape(', '.join(missing))}.</small></p>" if missing else ""
+    missing = ", ".join(n for n in s["paper"] if n not in set(frame.run))
+    note = f"<p>{MEASURES[s['measure']]} on this split was not published for {html.escape(missing)}.</p>" if missing else ""
     says = lambda r: "–" if math.isnan(r.value) else f"{r.value:.3f}" + (f" ({r.lo:.3f}–{r.hi:.3f})" if not math.isnan(r.lo) else "")
     wide = frame.assign(cell=[says(r) for r in frame.itertuples()]).pivot(index="run", columns="iteration", values="cell").reindex(frame.run.unique()).fillna("–")
-    return (figure_html(self.figure()) + note + _table_html(wide.rename(columns=lambda n: f"M_{n}"), code=False)
-            + "<p><small>In brackets and as bands: 95% bootstrap intervals over questions. Published curves are of Natural Questions and have none.</small></p>")
+    return (figure_html(self.figure()) + note + _table_html(wide.rename(columns=lambda n: f"M_{n}"))
+            + "<p>In brackets and as bands: 95% bootstrap intervals over questions. Published curves are of Natural Questions and have none.</p>")
 
 def _make(self, w):
-    style = dict(style=dict(description_width="initial"), layout=w.Layout(width="auto", max_width="30em"))
-    several = lambda label, n: w.SelectMultiple(description=label, rows=min(max(n, 2), 8), **style)
-    return dict(runs=several("runs", len(self.runs)), variants=several("variants", len(self._variants())), paper=several("published", 5),
-                measure=_menu(w, "measure"), split=_menu(w, "on"))
+    several = lambda label, n: _menu(w, label, "SelectMultiple", rows=min(max(n, 2), 5))
+    return [dict(measure=_menu(w, "measure"), split=_menu(w, "on")),
+            dict(runs=several("runs", len(self.runs)), variants=several("variants", len(self._variants)), paper=several("published", 5))]
 
-def _rows(self):
-    c = self._controls
-    return [[c["runs"], c["variants"], c["paper"]], [c["measure"], c["split"]]]
-
-CurveExplorer._draw, CurveExplorer._make, CurveExplorer._rows = _draw, _make, _rows
+CurveExplorer._draw, CurveExplorer._make = _draw, _make
 CurveExplorer._say = lambda self: self.frame().pivot(index="iteration", columns="run", values="value").round(3).to_string()

@@ -21,7 +21,7 @@ from stasc.reward import _REWARDS, final_answer, get_reward, judge
 from stasc.sample import ByteTokenizer
 from stasc.train import ScriptedEngine
 from stasc.view import visible
-from stasc.widgets import CurveExplorer, FilterExplorer, Panel, PromptInspector, RewardDebugger, _find_answer, _text_html
+from stasc.widgets import CurveExplorer, FilterExplorer, Panel, PromptInspector, RewardDebugger, _find_answer, _text_html, _texts
 
 
 def script(prompt, rng, skill):
@@ -82,7 +82,8 @@ def test_another_filter_is_algorithm_1_on_the_stored_samples(runs, which, name, 
     assert (row.kept, row.run_kept, row.both, row.only_run, row.only_this) == (len(mine), len(own), len(mine.keys() & own.keys()), len(own.keys() - mine.keys()), len(mine.keys() - own.keys()))
     assert row.pairs == len(kept_by(run, n, "all", 1, pairing))
     assert keys(f.kept()) == set(mine) and keys(f.difference()) == set(mine) ^ set(own)
-    assert (f.difference().kept_by.map({"this": False, "run": True}) == [k in own for k in zip(*(f.difference()[c] for c in ("question_id", "init_index", "corr_init_index", "corr_index")))]).all()
+    d = f.difference()
+    assert (d.run_kept == ~d.kept).all() and keys(d[d.run_kept]) == set(own) - set(mine) and keys(f.kept()[lambda k: k.run_kept]) == set(mine) & set(own)
     share = lambda a, b: sum((x >= run.cfg.threshold, y >= run.cfg.threshold) == (a, b) for x, y in mine.values()) / len(mine)
     if mine: assert [row.wrong_right, row.right_right, row.wrong_wrong, row.right_wrong] == pytest.approx([share(False, True), share(True, True), share(False, False), share(True, False)])
     else: assert row[["wrong_right", "right_right", "wrong_wrong", "right_wrong"]].isna().all()
@@ -174,9 +175,8 @@ def test_disagreements_are_all_there(runs, which):
         assert set(zip(found.split, found.question_id, found.text)) == want and len(found) == len(want)
         assert len(d.set(listed="all")._repr_html_()) and f"{len(want):,} of {total:,} different texts" in d._page()
         d.set(listed="disagreements")
-    d.set(reward="token_f1", scope="full", other="exact_match", other_scope="final", iteration=1, split="train")
-    every = d.set(listed="all") and d._texts()
-    assert set(every[(every.iteration == 1) & (every.split == "train")].text) >= set(d.disagreements().text) and (d.disagreements().iteration == 1).all()
+    d.set(reward="token_f1", scope="full", other="exact_match", other_scope="final", iteration=1)
+    assert set(_texts(d).text[_texts(d).iteration == 1]) >= set(d.disagreements().text) and (d.disagreements().iteration == 1).all()
 
 
 def test_a_reward_that_fails_is_looked_into(runs):
@@ -195,7 +195,7 @@ def test_stepping_and_typing(runs):
     rows = d.disagreements()
     assert len(rows) > 2 and d.selected()["text"] == rows.text[0] and d.selected()["references"] == ("Paris", "Lima Oslo")
     d.widget
-    back, on = d._turn
+    back, on = d._buttons
     on.click(); on.click(); back.click()
     assert d.selected()["text"] == rows.text[1] == d._controls["text"].value and d._controls["position"].value == 2
     back.click(); back.click(); assert d.selected()["position"] == 0
@@ -218,9 +218,7 @@ def test_tokens_are_what_was_sampled_and_trained_on(runs, which):
             p.set(phase="training", iteration=n, question=r.question_id, sample=(r.init_index, r.corr_init_index, r.corr_index))
             assert [(i, k.split()[0]) for i, _, k in p.tokens()] == [*((i, "prompt") for i in e.prompt_ids), *((i, "learned") for i in e.completion_ids)]
             assert p.tokens()[-1] == (256, "⟨256⟩", "learned special")
-            c, same = p.continues(), run.cfg.train_prompt == "same"
-            assert c["same_prompt"] == same == (c["differs_at"] is None) and c["same_ids"] and c["n_prompt"] == len(e.prompt_ids)
-            if not same: assert list(e.prompt_ids[:c["differs_at"]]) == run.prompter.correction(run.data.train[int(r.question_id[1:])], r.init_text)[:c["differs_at"]]
+            assert p.continues() == dict(same_prompt=run.cfg.train_prompt == "same", same_ids=True)
         for split in ("train", "test"):
             r, q = run._pairs(n, split).iloc[-1], getattr(run.data, split)[-1]
             p.set(phase="correction", split=split, iteration=n, question=q.id, sample=(r.init_index, r.corr_init_index, r.corr_index))
@@ -262,10 +260,10 @@ def test_an_iteration_without_kept_rows_says_so(tmp_path):
     run = scripted(tmp_path / "run", reward="exact_match", iterations=1)
     p = PromptInspector(run)
     table, p._tables = run._pairs(0, "train"), {}
-    run._pairs = lambda *a: table.assign(kept=False)
+    run._pairs = lambda *a, **k: table.assign(kept=False)
     p.set(iteration=1)
     assert p.selected()["question"] is None and "no correction of M_1 was kept" in p._page()
-    p.widget; p._turn[0].click()
+    p.widget; p._buttons[0].click()
 
 
 # --- curves
@@ -327,9 +325,9 @@ def test_any_text_is_shown_as_it_is(text, a, n):
 
 def test_hostile_answers_in_every_panel(hostile):
     for panel in panels(hostile):
-        if isinstance(panel, RewardDebugger): steps = [dict(position=i) for i in range(len(panel.set(position=0) and panel._texts()))]
+        if isinstance(panel, RewardDebugger): steps = [dict(position=i) for i in range(len(panel.set(position=0) and _texts(panel)))]
         elif isinstance(panel, PromptInspector): steps = [dict(phase=p, question=i) for p in ("initial", "correction") for i in range(20)]
-        else: steps = [dict(which=w, page=i) for w in ("both", "only_this") for i in range(4)] if isinstance(panel, FilterExplorer) else [{}]
+        else: steps = [dict(which=w, page=i) for w in ("this", "only_this") for i in range(7)] if isinstance(panel, FilterExplorer) else [{}]
         for step in steps:
             shown = panel.set(**step)._repr_html_()
             page = Page(shown)
@@ -345,7 +343,7 @@ def test_hostile_answers_in_every_panel(hostile):
 
 def test_every_hostile_text_is_seen(hostile):
     d, seen = RewardDebugger(hostile, listed="all", position=0), ""
-    for i in range(len(d._texts())): seen += Page(d.set(position=i)._page()).text
+    for i in range(len(_texts(d))): seen += Page(d.set(position=i)._page()).text
     for name, text in HOSTILE.items(): assert (visible(text) if len(text) < 5000 else text[:2000]) in seen, name
     assert "characters left out" in seen
 
