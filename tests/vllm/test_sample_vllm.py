@@ -282,7 +282,8 @@ def test_a_killed_child_is_an_error_and_starts_again(qwen2):
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background jobs ignore it
 from stasc.core import Config, SamplingParams
 from stasc.model import LM
 from stasc.sample_vllm import VLLMSampler
