@@ -7,7 +7,8 @@ __all__ = ['GPUS', 'Plan', 'Config', 'Question', 'Sample', 'SamplingParams', 'St
            'load_questions', 'read_questions', 'FILTERS', 'apply_filter', 'pair', 'Live', 'Iteration', 'STaSC',
            'split_metrics', 'MEASURES', 'by_iteration', 'compare', 'gap', 'kept_correlation', 'measure', 'over_seeds',
            'paper_table', 'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match',
-           'final_answer', 'get_reward', 'in_accuracy', 'judge', 'register', 'token_f1']
+           'final_answer', 'get_reward', 'in_accuracy', 'judge', 'register', 'token_f1', 'CurveExplorer',
+           'FilterExplorer', 'PromptInspector', 'RewardDebugger']
 
 # %% ../nbs/16_all.ipynb #a696204d
 import stasc.view                                   # gives `STaSC` its `browse` and `report`
@@ -20,9 +21,11 @@ from .metrics import MEASURES, by_iteration, compare, gap, kept_correlation, mea
 from .patterns import PATTERNS, TAGS, add_pattern, examples, label, pattern_counts
 from .plan import GPUS, Plan
 from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, register, token_f1
+from .widgets import CurveExplorer, FilterExplorer, PromptInspector, RewardDebugger
 
 _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "StascError", "Variant", "all_variants", "Data", "load_questions", "read_questions",
          "FILTERS", "apply_filter", "pair", "Live", "Iteration", "STaSC", "split_metrics",
          "MEASURES", "by_iteration", "compare", "gap", "kept_correlation", "measure", "over_seeds", "paper_table",
          "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
-         "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "register", "token_f1"]
+         "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "register", "token_f1",
+         "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]

@@ -256,12 +256,17 @@ def _draw_corrections(self, n, phase, questions, count):
         for q, j, text in zip(initial.question_id, initial.init_index, initial.init_text): texts.setdefault(q, []).append((int(j), text))
         asked = [(q, j, text) for q in qs for j, text in texts[q.id]]
         seeds = [[derive_seed(self.cfg.seed, n, phase, q.id, j, k) for k in range(count)] for q, j, _ in asked]
-        drawn = self._draw([self.prompter.correction(q, text) for q, _, text in asked], count, seeds)
+        drawn = self._draw(self._correction_prompts([(q, text) for q, _, text in asked]), count, seeds)
         rows = [dict(iteration=n, split=split, question_id=q.id, init_index=j) | self._answer_columns("corr", q, s, k)
                 for (q, j, _), samples in zip(asked, drawn) for k, s in enumerate(samples)]
         self._store(part_name(n, phase, part), rows, "corrections")
 
-STaSC._draw_corrections = _draw_corrections
+def _correction_prompts(self, asked, training=False):       # (question, initial answer) of each
+    "Token ids of prompts; a model that is sure of itself gives the same answer again and again, and each distinct prompt is rendered once."
+    rendered = {(q, text): self.prompter.correction(q, text, training) for q, text in dict.fromkeys(asked)}
+    return [rendered[o] for o in asked]
+
+STaSC._draw_corrections, STaSC._correction_prompts = _draw_corrections, _correction_prompts
 
 # %% ../nbs/09_loop.ipynb #1c90edb8
 def _initial(self, n, split, part):
@@ -293,10 +298,9 @@ def _pairs(self, n, split, pairing="sampled", token_ids=True):
 
 def _examples(self, kept):
     "Kept pairs as prompts and the ids that were generated."
-    questions, prompts = {q.id: q for q in self.data.train}, {}
-    for q, text in zip(kept.question_id, kept.init_text):           # many corrections share a prompt
-        if (q, text) not in prompts: prompts[q, text] = tuple(self.prompter.correction(questions[q], text, training=True))
-    return [Example(prompts[q, text], tuple(ids)) for q, text, ids in zip(kept.question_id, kept.init_text, kept.corr_token_ids)]
+    questions = {q.id: q for q in self.data.train}
+    prompts = self._correction_prompts([(questions[q], text) for q, text in zip(kept.question_id, kept.init_text)], training=True)
+    return [Example(tuple(prompt), tuple(ids)) for prompt, ids in zip(prompts, kept.corr_token_ids)]
 
 STaSC._by_part, STaSC._pairs, STaSC._examples = _by_part, _pairs, _examples
 
@@ -342,6 +346,7 @@ def _step(self) -> Iteration|None:
 def _make(self, n):
     try:
         if not self.dir.manifest: _store_questions(self)
+        self._load(n)
         if n and not self._fit(n): self._call("on_run_end"); return None
         self._say(n)
         began = time.perf_counter()
@@ -353,6 +358,14 @@ def _make(self, n):
     self._call("on_iteration", it)
     if n == self.cfg.iterations: self._call("on_run_end")
     return it
+
+def _load(self, n):
+    "Load the model before the clock of the first phase runs."
+    if self._engine is not None: return
+    began = time.perf_counter()
+    self.engine
+    took = round(time.perf_counter() - began, 3)
+    self.dir.log(iteration=n, phase="load", seconds=took, model_seconds=took)
 
 @contextlib.contextmanager
 def _writing(self):
@@ -366,7 +379,7 @@ def _writing(self):
             if self._writer is not None: self._writer.shutdown(); self._writer = None
             self.dir.close()
 
-STaSC.step, STaSC._make, STaSC._writing = _step, _make, _writing
+STaSC.step, STaSC._make, STaSC._load, STaSC._writing = _step, _make, _load, _writing
 
 # %% ../nbs/09_loop.ipynb #deed0250
 def _prune(self, n):

@@ -165,11 +165,20 @@ def _use(self, folder: Path|str|None):      # folder of an iteration's adapter (
             self.model = self.base = None; self.current = "loading"  # free the old weights before reading the new
             self.model = self.base = self._load(str(folder or self.source))
     elif folder is None: self.model.base_model.disable_adapter_layers()
-    else: self._read_adapter(folder); self.model.base_model.enable_adapter_layers()
+    else:
+        if (stamp := _stamp(folder)) != self._worn:
+            self._worn = None
+            self._read_adapter(folder)
+            self._worn = stamp
+        self.model.base_model.enable_adapter_layers()
     self.current = folder
     self.model.eval()
 
-LM.use = _use
+def _stamp(folder):     # another one where the file is another
+    file = folder/"adapter_model.safetensors"
+    return folder, file.exists() and (file.stat().st_mtime_ns, file.stat().st_size)
+
+LM.use, LM._worn = _use, None        # the adapter whose weights are in place
 
 # %% ../nbs/05_model.ipynb #d6040d9f
 def _read_adapter(self, folder):
@@ -199,7 +208,7 @@ def _start(self, folder: Path|None,     # continue from here; None starts from M
             for m in self.model.modules():
                 if hasattr(m, "reset_lora_parameters"): m.reset_lora_parameters("default", init_lora_weights=True)
         self.model.base_model.enable_adapter_layers()
-    self.current = "training"
+    self.current, self._worn = "training", None
 
 LM.start = _start
 

@@ -7,7 +7,7 @@ __all__ = ['PromptSet', 'prompt_set', 'initial_messages', 'correction_messages',
            'Prompter']
 
 # %% ../nbs/03_prompt.ipynb #8565e70a
-import re
+import functools, re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -87,9 +87,14 @@ def _text(tokenizer, messages):
 
 def _plain(tokenizer, text: str) -> str:
     "The text with the tokenizer's special tokens broken up."
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    for t in {*getattr(tokenizer, "all_special_tokens", []), *(a.content for a in added if a.special)}: text = text.replace(t, f"{t[0]} {t[1:]}")
+    for t in _special_tokens(tokenizer, getattr(tokenizer, "__len__", int)()): text = text.replace(t, f"{t[0]} {t[1:]}")
     return text
+
+@functools.lru_cache
+def _special_tokens(tokenizer, size):       # asking the tokenizer takes as long as rendering; it is asked again when it has grown
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {*getattr(tokenizer, "all_special_tokens", []), *(a.content for a in added if a.special)} - {""}
+    return sorted(found, key=lambda t: (-len(t), t))
 
 def render_text(tokenizer,                  # of transformers
                 messages: list[dict],       # "role" and "content"

@@ -145,7 +145,7 @@ def _menu(w, label, kind="Dropdown", width="auto", **options):
 
 def _turn(self, w, step):       # step(-1) goes back, step(1) on
     "Two buttons."
-    self._buttons = [w.Button(description=text, layout=w.Layout(width="6.5em")) for text in ("previous", "next")]
+    self._buttons = [w.Button(description=text, layout=w.Layout(width="6.5em", margin=margin)) for text, margin in (("previous", "2px"), ("next", "2px 16px 2px 2px"))]
     for b, by in zip(self._buttons, (-1, 1)): b.on_click(lambda _, by=by: step(by))
     return dict(zip(("_previous", "_next"), self._buttons))
 
@@ -665,8 +665,8 @@ def _draw(self):
     missing = ", ".join(n for n in s["paper"] if n not in set(frame.run))
     note = f"<p>{MEASURES[s['measure']]} on this split was not published for {html.escape(missing)}.</p>" if missing else ""
     says = lambda r: "–" if math.isnan(r.value) else f"{r.value:.3f}" + (f" ({r.lo:.3f}–{r.hi:.3f})" if not math.isnan(r.lo) else "")
-    wide = frame.assign(cell=[says(r) for r in frame.itertuples()]).pivot(index="run", columns="iteration", values="cell").reindex(frame.run.unique()).fillna("–")
-    return (figure_html(self.figure()) + note + _table_html(wide.rename(columns=lambda n: f"M_{n}"))
+    wide = frame.assign(cell=[says(r) for r in frame.itertuples()]).pivot(index="iteration", columns="run", values="cell")[frame.run.unique()].fillna("–")
+    return (figure_html(self.figure()) + note + _table_html(wide.rename(index=lambda n: f"M_{n}"))
             + "<p>In brackets and as bands: 95% bootstrap intervals over questions. Published curves are of Natural Questions and have none.</p>")
 
 def _make(self, w):

@@ -19,7 +19,7 @@ from hostile import hostile_run
 from stasc.core import Config
 from stasc.loop import STaSC
 from stasc.metrics import MEASURES, by_iteration
-from stasc.widgets import FilterExplorer, PromptInspector, RewardDebugger
+from stasc.widgets import FilterExplorer, PromptInspector, RewardDebugger, _texts
 
 NO_NEWS = {"@jupyterlab/apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False),
            "@jupyterlab/notebook-extension/tracker": dict(windowingMode="none")}
@@ -86,7 +86,7 @@ def lab(chromium, folder):
 
 def opened(chromium, lab, name):
     "A notebook with all its cells run, and a list of what should never happen."
-    page = chromium.new_context(viewport=dict(width=1500, height=1000)).new_page()
+    page = chromium.new_context(viewport=dict(width=1280, height=900)).new_page()
     page.bad = []
     page.on("dialog", lambda d: (page.bad.append(f"dialog {d.message}"), d.dismiss()))
     page.on("request", lambda r: r.url.startswith((lab.url, lab.url.replace("http", "ws"), "data:", "blob:")) or page.bad.append(f"request {r.url}"))
@@ -142,6 +142,12 @@ def table(out, n=0):
     return out.locator("table").nth(n).locator("tbody tr").evaluate_all("rows => rows.map(r => [...r.children].map(c => c.innerText.trim()))")
 
 
+def curves(out):
+    "The columns of the table of curves, each with its head."
+    heads = out.locator("table thead th").all_inner_texts()
+    return {h: [*c] for h, *c in zip(heads, *table(out))} if heads else {}
+
+
 # --- the curves
 
 def test_curves_follow_the_choices(demo, folder):
@@ -152,18 +158,18 @@ def test_curves_follow_the_choices(demo, folder):
         before = picture(out)
         out.get_by_label("measure").select_option(label=MEASURES[measure])
         out.get_by_label("on", exact=True).select_option("training questions" if split == "train" else "held-out questions")
-        eventually([[v, *says(r, measure, split)] for v, r in runs.items()], lambda: table(out))
+        eventually({v: says(r, measure, split) for v, r in runs.items()}, lambda: {h: c for h, c in curves(out).items() if h != "iteration"})
         assert picture(out) != before and MEASURES[measure] in out.locator("img").get_attribute("alt")
     assert out.locator("img").evaluate("i => i.complete && i.naturalWidth > 300")
     out.get_by_label("variants").select_option(["FIE"])
-    eventually(["FIE"], lambda: [r[0] for r in table(out)])
+    eventually(["iteration", "FIE"], lambda: [*curves(out)])
     out.get_by_label("published").select_option(["Phi-3-mini EIF (5, 5)", "Qwen2.5-1.5B EIF (5, 5)"])
-    eventually(["FIE", "Qwen2.5-1.5B EIF (5, 5)", "Phi-3-mini EIF (5, 5)"], lambda: sorted([r[0] for r in table(out)], key=lambda n: "FQP".index(n[0])))
+    eventually({"iteration", "FIE", "Qwen2.5-1.5B EIF (5, 5)", "Phi-3-mini EIF (5, 5)"}, lambda: {*curves(out)})
     shot(demo, 1, "curves_paper")
     out.get_by_label("measure").select_option(label="RSS")
     out.get_by_text("was not published for").wait_for()
     out.get_by_label("variants").select_option(["EIE", "FIE"])
-    eventually(4 - 2, lambda: len(table(out)))
+    eventually(["iteration", "EIE", "FIE"], lambda: [*curves(out)])
 
 
 def test_a_choice_made_in_python_moves_the_controls(demo):
@@ -190,11 +196,11 @@ def test_another_filter_is_counted_and_shown(demo, folder):
         f.set(filter=name, pairing=pairing, threshold=float(threshold))
         eventually(counts(), lambda: [r[:7] for r in table(out)])
     shot(demo, 2, "filters")
-    out.get_by_label("examples", exact=True).select_option("kept by both")
+    out.get_by_label("examples", exact=True).select_option("kept by this choice")
     out.get_by_label("examples from").select_option("samples of M_1")
-    both = f.table().both[1]
-    out.get_by_text(f"{both:,} pairs of M").wait_for()
-    assert both > 3 and f"1 to 3 of them" in out.inner_text()
+    kept = f.table().kept[1]
+    out.get_by_text(f"{kept:,} pairs of M").wait_for()
+    assert kept > 3 and "1 to 3 of them" in out.inner_text()
     texts = [out.locator("pre").all_inner_texts()]
     out.get_by_role("button", name="next").click()
     out.get_by_text(re.compile(r"\b4 to \d+ of them")).wait_for()
@@ -217,7 +223,7 @@ def test_another_filter_is_counted_and_shown(demo, folder):
 def test_a_text_is_typed_and_explained(demo, folder):
     out = output(demo, 3)
     d = RewardDebugger(STaSC.open(folder / "EIE", callbacks=[]), other=last_digit)
-    every = d._texts().drop_duplicates(["split", "question_id", "text"])
+    every = _texts(d).drop_duplicates(["split", "question_id", "text"])
     out.get_by_text(f"{len(d.disagreements()):,} of {len(every):,} different texts").wait_for()
     shot(demo, 3, "rewards")
     for position in (1, 2, 1):
@@ -240,7 +246,7 @@ def test_a_text_is_typed_and_explained(demo, folder):
     assert out.locator("pre s").inner_text().strip() == "final answer is"
     assert "a text of your own" in out.inner_text() and out.get_by_label("references").input_value() == "London Eye\n\nbig ben"
     shot(demo, 3, "rewards_typed")
-    out.get_by_label("step through").select_option("all texts")
+    out.get_by_label("step through").select_option("all")
     out.get_by_role("button", name="next").click()
     out.get_by_text(f"Shown is 1 of {len(every):,}").wait_for()
     out.get_by_label("compared with").select_option("exact_match")
@@ -265,10 +271,8 @@ def test_tokens_are_shown_as_the_loss_sees_them(demo, folder):
     out.get_by_role("button", name="next").click()
     p.set(question=ids[1])
     eventually(of("learned"), lambda: titles("b"))
-    out.get_by_label("split").select_option("test")
-    out.get_by_role("alert").wait_for()
-    assert "held-out questions are not trained on" in out.get_by_role("alert").inner_text()
-    out.get_by_label("show").select_option("an initial answer as sampled")
+    assert out.get_by_label("split").locator("option").all_inner_texts() == ["train"]            # held-out questions are not trained on
+    out.get_by_label("show").select_option("an initial answer, as sampled")
     out.get_by_text("None of them is learned").wait_for()
     out.get_by_label("split").select_option("test")
     out.get_by_label("iteration").select_option("M_1")
@@ -292,18 +296,18 @@ def test_hostile_texts_stay_texts(hostile, folder):
     page = hostile
     filters, rewards, prompts = (output(page, i) for i in (2, 3, 4))
     seen = []
-    for which in ("kept by this choice alone", "kept by both"):
+    for which, n in (("kept by this choice alone", 10), ("kept by this choice", 20)):
         filters.get_by_label("examples", exact=True).select_option(which)
-        filters.get_by_text(f"10 pairs of M0 {which}, 1 to 3 of them").wait_for()
-        for first in (4, 7, 10, None):
+        filters.get_by_text(f"{n} pairs of M0 {which}, 1 to 3 of them").wait_for()
+        for first in (*range(4, n + 1, 3), None):
             seen += filters.locator("pre").all_inner_texts()
             assert page.evaluate(NEVER) == CLEAN
-            if first: filters.get_by_role("button", name="next").click(); filters.get_by_text(f"{first} to {min(first + 2, 10)} of them").wait_for()
-    assert len(seen) == 40
+            if first: filters.get_by_role("button", name="next").click(); filters.get_by_text(f"{first} to {min(first + 2, n)} of them").wait_for()
+    assert len(seen) == 60
     every = "\n".join(seen)
     for want in ("<script>alert('script')", "<img src=x onerror=", "</details></div>", "$$\\frac{1}{0}$$", "⟨RLO⟩", "␛[31m", "javascript:alert('link')", "characters left out"): assert want in every
     shot(page, 2, "hostile_filters")
-    rewards.get_by_label("step through").select_option("all texts")
+    rewards.get_by_label("step through").select_option("all")
     rewards.get_by_text("Shown is 1 of").wait_for()
     total = int(re.search(r"Shown is 1 of (\d+)", rewards.inner_text())[1])
     assert total >= 38
