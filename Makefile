@@ -6,7 +6,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.stasc-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-browser export readme lab clean
+.PHONY: help env demo test test-browser bench export readme lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,7 @@ demo: env ## teach the embedded model on this computer: table and picture in run
 	$(BIN)/stasc demo --out runs/demo
 
 test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
 test: env ## everything in step, every notebook runs, every test passes
 	$(BIN)/python .ci/check.py
 	$(BIN)/nbdev_test --n_workers 2 --do_print
@@ -32,6 +33,10 @@ test-browser: env ## the browser, the report and the widgets in headless Chromiu
 	command -v chromium >/dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium fonts-dejavu-core; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
 	$(BIN)/python -m pytest tests/browser
+
+bench: export HF_HUB_OFFLINE = 1
+bench: env ## sampling, fine-tuning, plan and loop against what one would use otherwise: tables in bench/results (half an hour)
+	for b in sample train plan loop; do $(BIN)/python bench/$$b.py || exit; done
 
 export: env ## clean the notebooks and write the modules from them
 	$(BIN)/nbdev_clean

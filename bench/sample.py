@@ -5,12 +5,10 @@
 """
 import argparse
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import common
 
 SHAPES = {
