@@ -10,7 +10,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.stasc-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-browser test-vllm export readme lab clean
+.PHONY: help env demo test test-browser test-vllm bench export readme lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,7 @@ demo: env ## teach the embedded model on this computer: table and picture in run
 	$(BIN)/stasc demo --out runs/demo
 
 test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
 test: env ## everything in step, every notebook runs, every test passes
 	$(BIN)/python .ci/check.py
 	$(BIN)/nbdev_test --n_workers 2 --do_print
@@ -48,6 +49,10 @@ test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm: export STASC_VLLM = required
 test-vllm: $(VLLM_STAMP) ## the vLLM sampler on vLLM's CPU build, in .venv-vllm
 	$(VLLM_BIN)/python -m pytest tests/vllm
+
+bench: export HF_HUB_OFFLINE = 1
+bench: env ## sampling, fine-tuning, plan and loop against what one would use otherwise: tables in bench/results (half an hour)
+	for b in sample train plan loop; do $(BIN)/python bench/$$b.py || exit; done
 
 export: env ## clean the notebooks and write the modules from them
 	$(BIN)/nbdev_clean

@@ -1,10 +1,10 @@
 """How close the memory that `stasc.plan` says comes to the memory that a process takes, for small models on a CPU.
 
-    python bench/plan.py [--out FILE.json] [--repeats 3]
+    python bench/plan.py [--out FOLDER] [--repeats 3]
 
 Each measurement is a process of its own: a short training loads what libraries load, then the rise of the peak resident set over what the
-process holds is compared with gradients, optimiser, activations and logits as planned in float32. glibc is told to give freed blocks back: left to itself it keeps so
-many holes between them that the process takes up to twice what is in use. No GPU is measured.
+process holds is compared with gradients, optimiser, activations and logits as planned in float32. glibc is told to give freed blocks back:
+left to itself it keeps so many holes between them that the process takes up to twice what is in use. No GPU is measured.
 """
 import argparse
 import json
@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train import machine, make_examples, make_model, peak
+import common
+from train import make_examples, make_model, peak
 
 # hidden, layers, vocabulary, fine-tuning, rows, prompt, completion, checkpointing
 SETTINGS = [(256, 4, 151_936, "lora", 4, 600, 60, False), (256, 12, 2_000, "lora", 4, 600, 60, False), (256, 12, 2_000, "lora", 4, 600, 60, True),
@@ -51,7 +52,7 @@ def child(setting, folder):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--out", help="write the figures there as JSON, and the table beside it as Markdown")
+    p.add_argument("--out", help="folder of the table [bench/results]")
     p.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = p.parse_args()
     if given.child: return child(json.loads(given.child[0]), given.child[1])
@@ -64,18 +65,14 @@ def main():
                                       env=os.environ | dict(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"))
                 if done.returncode: sys.exit(done.stderr)
                 rows.append(json.loads(done.stdout.splitlines()[-1]))
-    lines = ["| hidden | layers | vocabulary | fine-tuning | rows | tokens in a row | checkpointing | said | rose by | said / rose |", "|" + "---|" * 10]
+    table = []
     for setting in SETTINGS:
         of = [r for r in rows if tuple(r["setting"]) == setting]
         said, rose = of[0]["said"], statistics.median(r["rose"] for r in of)
         h, layers, v, f, b, prompt, completion, c = setting
-        lines.append(f"| {h} | {layers} | {v:,} | {f} | {b} | {prompt} + {completion} | {'on' if c else 'off'} | {said / 1e6:,.0f} MB | {rose / 1e6:,.0f} MB | {said / rose:.2f} |")
-    there = machine()
-    table = "\n".join([f"Peak memory of a fine-tuning in float32 on a CPU, said and measured; median of {given.repeats}", "", *lines, "", ", ".join(f"{k} {v}" for k, v in there.items())])
-    print(table)
-    if given.out:
-        Path(given.out).write_text(json.dumps(dict(machine=there, runs=rows), indent=1) + "\n")
-        Path(given.out).with_suffix(".md").write_text(table + "\n")
+        table.append({"hidden": h, "layers": layers, "vocabulary": f"{v:,}", "fine-tuning": f, "rows": b, "tokens in a row": f"{prompt} + {completion}", "checkpointing": "on" if c else "off",
+                      "said": f"{said / 1e6:,.0f} MB", "rose by": f"{rose / 1e6:,.0f} MB", "said / rose": f"{said / rose:.2f}"})
+    common.write("plan", "Peak memory of a fine-tuning in float32 on a CPU, said and measured", table, f"Median of {given.repeats}.", given.out, runs=rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fine-tuning at a vocabulary of 151,936 against transformers' `Trainer` with `DataCollatorForSeq2Seq(padding="longest")` and full logits.
 
-    python bench/train.py [--out FILE.json] [--repeats 5] [--hidden 256] [--layers 4] [--finetune lora]
+    python bench/train.py [--out FOLDER] [--repeats 5] [--hidden 256] [--layers 4] [--finetune lora]
 
 A small Qwen2 with random weights, prompts of about 600 tokens, completions of about 60. Each measurement is a process of its own; the ways
 alternate. Time is that of the whole fine-tuning (building the Trainer included, loading the model not); memory is how far the process's
@@ -8,11 +8,8 @@ peak resident set rises over what it was before the fine-tuning. Both start from
 losses can be compared.
 """
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -21,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import common
 
 WAYS = {"Trainer, full logits": {}, "stasc": {}, "stasc, gradient checkpointing": dict(gradient_checkpointing="on")}
 
@@ -82,13 +81,6 @@ def child(way, folder, given):
     print(json.dumps(dict(way=way, seconds=seconds, peak=peak() - before, before=before, tokens=tokens, losses=[losses[0], losses[-1]])))
 
 
-def machine():
-    "What a reader needs to place the figures."
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    return dict(date=datetime.date.today().isoformat(), cpu=cpu, cores=os.cpu_count(), threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
-                python=platform.python_version(), **{p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")})
-
-
 def summary(rows):
     "Medians by way, and ratios to the first."
     ways = list(dict.fromkeys(r["way"] for r in rows))
@@ -102,23 +94,13 @@ def summary(rows):
     return med
 
 
-def markdown(given, there, med):
-    "The table that a person reads."
-    head = ["way", "tokens/s", "times as fast", "peak memory", "share of the peak", "difference of the loss, first or last step"]
-    lines = [[w, f"{m['tokens_per_s']:,.0f}", f"{m['faster']:.2f}", f"{m['peak_gb']:.2f} GB", f"{m['memory']:.2f}", f"{m['loss_apart']:.1e}"] for w, m in med.items()]
-    return "\n".join([f"Fine-tuning ({given['finetune']}), {given['n']} examples of about {given['prompt']} + {given['completion']} tokens, batch {given['batch']}, "
-                      f"vocabulary 151,936, hidden {given['hidden']}, {given['layers']} layers; median of {given['repeats']}", "",
-                      "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in lines), "",
-                      ", ".join(f"{k} {v}" for k, v in there.items())])
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("repeats", 5), ("hidden", 256), ("layers", 4), ("n", 8), ("batch", 4), ("prompt", 600), ("completion", 60)):
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--finetune", default="lora", choices=("lora", "full"))
     p.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    p.add_argument("--out", help="write the figures there as JSON, and the table beside it as Markdown")
+    p.add_argument("--out", help="folder of the table [bench/results]")
     p.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = vars(p.parse_args())
     one, out, ways = given.pop("child"), given.pop("out"), given.pop("ways")
@@ -133,12 +115,10 @@ def main():
                 if done.returncode: sys.exit(done.stderr)
                 rows.append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{way}: {rows[-1]['seconds']:.1f} s, {rows[-1]['peak'] / 1e9:.2f} GB", file=sys.stderr)
-    med, there = summary(rows), machine()
-    table = markdown(given, there, med)
-    print(table)
-    if out:
-        Path(out).write_text(json.dumps(dict(machine=there, setting=given, medians=med, runs=rows), indent=1) + "\n")
-        Path(out).with_suffix(".md").write_text(table + "\n")
+    table = [{"way": w, "tokens/s": f"{m['tokens_per_s']:,.0f}", "times as fast": f"{m['faster']:.2f}", "peak memory": f"{m['peak_gb']:.2f} GB", "share of the peak": f"{m['memory']:.2f}",
+              "difference of the loss, first or last step": f"{m['loss_apart']:.1e}"} for w, m in summary(rows).items()]
+    common.write("train", f"Fine-tuning at a vocabulary of 151,936 ({given['finetune']})", table, out=out, settings=given, runs=rows, notes=
+                 f"{given['n']} examples of about {given['prompt']} + {given['completion']} tokens, batch {given['batch']}, hidden size {given['hidden']}, {given['layers']} layers, random weights; median of {given['repeats']}.")
 
 
 if __name__ == "__main__":

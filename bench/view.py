@@ -15,6 +15,7 @@ from shutil import which
 import pandas as pd
 from playwright.sync_api import sync_playwright
 
+import common
 from stasc.core import Question
 from stasc.filter import apply_filter
 from stasc.view import html_page, page_data
@@ -54,6 +55,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=500, help="each with 5 initial answers of 5 corrections")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", help="folder of the table [bench/results]")
     args = parser.parse_args()
     table, questions = trajectories(args.questions)
     with tempfile.TemporaryDirectory() as tmp, sync_playwright() as p:
@@ -72,9 +74,9 @@ def main():
                 if path is ours: scroll.append(page.evaluate(FRAMES, "#list"))
                 page.close()
         size = {k: f.stat().st_size / 1e6 for k, f in (("trajectory browser", ours), ("pandas to_html", plain))}
-    print(f"{len(table):,} trajectories, written in {written:.1f} s")
-    for name, s in seconds.items(): print(f"{name}: opened in {statistics.median(s):.2f} s (median of {args.rounds}), {size[name]:.1f} MB")
-    print(f"longest frame while the list scrolls: {statistics.median(scroll):.0f} ms")
+    rows = [{"page": name, "opens in": f"{statistics.median(s):.2f} s", "size": f"{size[name]:.1f} MB", "longest frame while the list scrolls": f"{statistics.median(scroll):.0f} ms" if name == "trajectory browser" else ""}
+            for name, s in seconds.items()]
+    common.write("view", f"Opening {len(table):,} trajectories in Chromium", rows, f"About 60 words a text; median of {args.rounds}. The page took {written:.1f} s to write.", args.out)
 
 
 if __name__ == "__main__":

@@ -131,8 +131,9 @@ def _refresh(self):
     menus, self._syncing = self._menus(), True
     try:
         for name, c in self._controls.items():
-            if name in menus and list(c.options) != (options := menus[name](self.state)): c.options = options
-            if self._from_control(name, c.value) != self.state[name]: c.value = self._to_control(name, self.state[name])     # what is being typed stays as it is
+            with c.hold_sync():                                     # a menu and what is chosen in it arrive together
+                if name in menus and list(c.options) != (options := menus[name](self.state)): c.options = options
+                if self._from_control(name, c.value) != self.state[name]: c.value = self._to_control(name, self.state[name])     # what is being typed stays as it is
     finally: self._syncing = False
     self._html.value = self._page()
 
@@ -158,7 +159,7 @@ def _page(self):
 
 def _chosen(self):
     "The choices in one line."
-    return ", ".join(f"{k.replace('_', ' ')}: {_label(' + '.join(map(str, v)) if isinstance(v, tuple) else v, 40)}" for k, v in self.state.items())
+    return ", ".join(f"{k.replace('_', ' ')}: {_label(' / '.join(map(str, v)) if isinstance(v, tuple) else v, 40)}" for k, v in self.state.items())
 
 def _repr_html(self): return f"<b>{self.title}</b>{_PAGE.format(f'<small>{html.escape(_chosen(self))}</small>')}{self._page()}"
 
