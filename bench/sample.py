@@ -120,13 +120,12 @@ def main(argv=None):
         os.environ["STASC_VLLM_PYTHON"] = a.vllm
         with tempfile.TemporaryDirectory() as folder: vllm, start = start_vllm(model, lm, a.batch, folder)
 
-    def some(name, count):      # other prompts in each round
-        k = turn[name] = turn.get(name, -1) + 1
-        return [prompts[(k * count + i) % len(prompts)] for i in range(count)]
-
-    def drawn(name, sampler):   # each round begins with another token, so that nothing cached in the last is of use
+    def some(name, count):      # other prompts in each round, which begin with another token, so that nothing cached in the last is of use
         k = turn[name] = turn.get(name, 0) + 1
-        return counted(name, [s.n_tokens for row in sampler.sample([[k] + p[1:] for p in prompts], a.n, params, seeds) for s in row])
+        return [[k] + prompts[(k * count + i) % len(prompts)][1:] for i in range(count)]
+
+    def drawn(name, sampler):
+        return counted(name, [s.n_tokens for row in sampler.sample(some(name, a.prompts), a.n, params, seeds) for s in row])
 
     def counted(name, lengths):
         if a.device == "cuda": torch.cuda.synchronize()

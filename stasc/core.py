@@ -280,7 +280,7 @@ def _demo(cls, **changes) -> "Config":
     "The embedded model on three-digit addition, five iterations on a CPU."
     base = dict(model="embedded", data="arithmetic", shots=0, reward="exact_match", iterations=5,
                 n_init=2, n_corr=4, n_train=400, n_test=300, temperature=0.7, top_p=1.0, max_new_tokens=64,
-                sample_batch=512, learning_rate=5e-4, train_batch=16)
+                sample_batch=512, learning_rate=5e-4, train_batch=16, part_size=200)
     if changes.get("finetune") == "full": base["learning_rate"] = 1e-4
     return cls.from_dict(base | changes)
 

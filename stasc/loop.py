@@ -422,14 +422,20 @@ def _measure(self, n) -> dict:
     "What goes into metrics.json."
     out = dict(iteration=n, n_kept=len(self.dir.table(n, "kept")) if n else 0)
     for split in ("test", "train"):
-        t = pd.concat([t[["init_reward", "corr_reward"]] for t in self._by_part(n, split)])
+        t = self._rewards(n, split)
         out[split] = split_metrics(t.init_reward, t.corr_reward, self.cfg.threshold)
     if n and not self.variant.evolving_init:
         t = self.dir.table(n, "transfer.test", token_ids=False)
         out["transfer"] = dict(n=len(t), acc_t1=float(t.init_reward.mean()))
     return out
 
-STaSC._measure = _measure
+def _rewards(self, n, split):
+    "The reward of each correction, and of the initial answer that it was drawn for."
+    keys, of = ["question_id", "init_index"], n if self.variant.evolving_init else 0
+    initial, corrections = (self.dir.table(i, f"{phase}.{split}", only=[*keys, reward]) for i, phase, reward in ((of, "initial", "init_reward"), (n, "corrections", "corr_reward")))
+    return corrections.merge(initial, on=keys, validate="many_to_one")
+
+STaSC._measure, STaSC._rewards = _measure, _rewards
 
 # %% ../nbs/09_loop.ipynb #3e73a259
 def _getitem(self, n: int) -> Iteration:
