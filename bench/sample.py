@@ -144,7 +144,7 @@ def main(argv=None):
     rows = [{"sampler": name, "tokens/s (median)": f"{np.median(rates[name]):,.0f}", "stasc is faster by": f"{gains[name]:.1f}", "mean length": f"{np.mean(seen[k]):.0f}"}
             for name, k in zip(runs, seen)]
     size = sum(o.numel() for o in model.parameters()) / 1e6
-    common.write("sample", "Sampling corrections", rows, out=a.out, settings=vars(a), rates=rates, vllm_start_seconds=start if a.vllm else None, notes=
+    common.write(f"sample_{a.shape}", "Sampling corrections", rows, out=a.out, settings=vars(a), rates=rates, vllm_start_seconds=start if a.vllm else None, notes=
                  f"Qwen2 of {size:.1f} million parameters, random weights, {a.dtype}; {a.prompts} prompts of about {a.prefix + a.suffix} tokens that share {a.prefix}, n = {a.n}, at most {a.limit} new tokens, "
                  f"temperature 0.6, top-p 0.9; {a.generate_batch} prompts in a call of `generate` in batches; median of {a.times} alternating rounds{', processor time' if a.cpu_time else ''}."
                  + (f" vLLM, as `sampler = 'vllm'` runs it (eager, a seed for each text), took {start:.0f} s to start, which is not counted." if a.vllm else ""))
