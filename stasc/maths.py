@@ -17,7 +17,8 @@ _LATEX = [(r"\\boxed\s*\{(.*)\}", r"\1"), (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{
           (r"\((-?\d+(?:\.\d+)?)\)/\((-?\d+(?:\.\d+)?)\)", r"\1/\2")]
 
 def _plain(text: str) -> str:
-    "The text without the LaTeX that does not change its value."
+    "The text without the LaTeX that does not change its value; one that is too long for an expression is none."
+    if len(text) > 400: return ""
     for pattern, by in _LATEX: text = re.sub(pattern, by, text)
     return " ".join(text.split()).strip(" .=")
 
@@ -27,7 +28,7 @@ _NUMBER = re.compile(r"(?<![\w.,/])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)
 def number(text: str            # an answer
           ) -> Fraction|None:   # exact; None where it does not state exactly one number
     "The number that an answer states."
-    text = _plain(text[:400])
+    text = _plain(text)
     if mixed := re.fullmatch(r"(-?)(\d{1,9})\s+(\d{1,9})/(\d{1,9})", text): text = f"{mixed[1]}{int(mixed[2]) * int(mixed[4]) + int(mixed[3])}/{mixed[4]}"
     found = [m[0] for m in _NUMBER.finditer(text)]
     if len(found) != 1 or len(found[0]) > 100 or re.search(r"[\\^_{}()\[\]+*<>]|\d", text.replace(found[0], "", 1)): return None

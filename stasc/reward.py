@@ -145,8 +145,8 @@ def multiple_choice(prediction: str,    # answer
     references = [references] if isinstance(references, str) else references
     labels = {r.strip().upper() for r in references if _LABEL.fullmatch(r.strip())}
     if not (m := _LABEL.match(prediction)) or m["label"].upper() not in labels: return 0.0
-    rest = prediction[m.end():]
-    return float(not (set(_OTHER.findall(rest)) - {m["label"].upper()}) or exact_match(rest, references))
+    rest = functools.reduce(lambda text, r: text.replace(r, "") if len(r) > 1 else text, references, prediction[m.end():])
+    return float(not set(_OTHER.findall(rest)) - {m["label"].upper()})
 
 # %% ../nbs/01_reward.ipynb #4012adde
 @functools.lru_cache
