@@ -16,8 +16,9 @@ from .core import Config, ConfigError, DataError, Question, StoreError, Variant,
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
 from .prompt import Prompter, PromptSet, prompts_of
-from .reward import get_reward, judge, reward_name
+from .reward import judge, reward_name
 from .store import RunDir, part_name, read_json
+from .task import reward_of
 from .train import Engine, Example, ScriptedEngine
 
 # %% ../nbs/09_loop.ipynb #4d6c733d
@@ -174,7 +175,7 @@ def _prompts_(self) -> PromptSet:
     return self._prompts
 
 STaSC.data, STaSC.engine, STaSC.prompter, STaSC.prompts = map(property, (_data_, _engine_, _prompter_, _prompts_))
-STaSC.reward = property(lambda self: get_reward(self._reward or self.cfg.reward), doc="The reward function.")
+STaSC.reward = property(lambda self: self._reward or reward_of(self.cfg), doc="The reward function.")
 
 def _call(self, event, *args):
     for c in self.callbacks:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from .core import Config, PromptError, Question, read_mapping, unknown
+from .task import task_of
 
 # %% ../nbs/03_prompt.ipynb #84720e24
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class PromptSet:
 _REQUIRED = dict(initial=("question",), correction=("question", "initial_answer"))
 
 # %% ../nbs/03_prompt.ipynb #30c80e16
-def prompt_set(name: str,           # packaged name (default, arithmetic) or a YAML/JSON file
+def prompt_set(name: str,           # packaged name such as default, or a YAML/JSON file
               ) -> PromptSet:
     "Read and check a prompt set."
     folder = files("stasc")/"prompts"
@@ -119,9 +120,8 @@ def render(tokenizer, messages: list[dict]) -> list[int]:     # token ids
 
 # %% ../nbs/03_prompt.ipynb #979dbaac
 def prompts_of(cfg: Config) -> PromptSet:
-    "The prompt set of a configuration; `auto` is arithmetic for that task and default otherwise."
-    if cfg.prompts != "auto": return prompt_set(cfg.prompts)
-    return prompt_set("arithmetic" if cfg.data == "arithmetic" else "default")
+    "The prompt set of a configuration; `auto` is the task's."
+    return prompt_set(task_of(cfg).prompts if cfg.prompts == "auto" else cfg.prompts)
 
 # %% ../nbs/03_prompt.ipynb #f64e469b
 class Prompter:
