@@ -128,7 +128,7 @@ class Config:
     n_corr: int = opt(5, "N_corr, corrections per initial answer", 1, 10_000)
     seed: int = opt(0, "seed of everything drawn in the run", 0, 2**31 - 1)
     # questions
-    data: str = opt("arithmetic", "preset (nq, nq_open, arithmetic) or a JSONL, JSON, CSV or Parquet file")
+    data: str = opt("arithmetic", "preset (nq, nq_open, arithmetic, facts) or a JSONL, JSON, CSV or Parquet file")
     test_data: str|None = opt(None, "file of held-out questions; default: split off from data")
     question_column: str|None = opt(None, "column with the question; default: recognised")
     reference_column: str|None = opt(None, "column with the reference answers; default: recognised")
@@ -139,7 +139,7 @@ class Config:
     # reward and prompts
     reward: str = opt("in_accuracy", "name of a registered reward")
     scope: str = opt("final", "judge the final answer alone or the full text", choices=("final", "full"))
-    prompts: str = opt("auto", "prompt set: a packaged name or a YAML file; auto: arithmetic for that task, default otherwise")
+    prompts: str = opt("auto", "prompt set: a packaged name or a YAML file; auto: the set of that name for arithmetic and facts, default otherwise")
     shots: int = opt(2, "examples in the correction prompt", 0, 100)
     train_prompt: str = opt("same", "train on the prompt that was sampled from, or without its examples", choices=("same", "no_examples"))
     # sampling
@@ -150,7 +150,7 @@ class Config:
     sample_batch: int = opt(64, "texts decoded together", 1, free=True)
     sampler: str = opt("hf", "what draws the texts: transformers, or vLLM (extra vllm)", choices=("hf", "vllm"))
     # model and fine-tuning
-    model: str = opt("embedded", "embedded, a Hugging Face Hub id or a local folder")
+    model: str = opt("embedded", "embedded (additions), embedded-facts, a Hugging Face Hub id or a local folder")
     finetune: str = opt("lora", "what is trained", choices=("lora", "qlora", "full"))
     lora_r: int = opt(16, "rank of the adapter", 1, 4096)
     lora_alpha: int = opt(32, "scale of the adapter", 1, 65536)
@@ -276,12 +276,16 @@ def _released_code(cls, model: str = "Qwen/Qwen2.5-1.5B-Instruct", **changes) ->
     return cls.paper(model, **dict(non_decreasing="stable", pairing="crossed", train_prompt="no_examples", scope="full") | changes)
 
 # %% ../nbs/00_core.ipynb #3c779c7f
-def _demo(cls, **changes) -> "Config":
-    "The embedded model on three-digit addition, five iterations on a CPU."
+def _demo(cls,
+          task: str = "arithmetic",     # arithmetic or facts
+          **changes) -> "Config":
+    "An embedded model on its own task, five iterations on a CPU."
     base = dict(model="embedded", data="arithmetic", shots=0, reward="exact_match", iterations=5,
                 n_init=2, n_corr=4, n_train=400, n_test=300, temperature=0.7, top_p=1.0, max_new_tokens=64,
                 sample_batch=512, learning_rate=5e-4, train_batch=16)
-    if changes.get("finetune") == "full": base["learning_rate"] = 1e-4
+    if task == "facts": base |= dict(model="embedded-facts", data="facts", n_train=528, n_test=528, n_test_init=4, max_new_tokens=32, learning_rate=1e-3)
+    elif task != "arithmetic": raise ConfigError(unknown("demo task", task, ("arithmetic", "facts")))
+    if changes.get("finetune") == "full": base["learning_rate"] = 2e-4 if task == "facts" else 1e-4
     return cls.from_dict(base | changes)
 
 Config.paper, Config.released_code, Config.demo = map(classmethod, (_paper, _released_code, _demo))

@@ -234,9 +234,13 @@ def _arithmetic(split: str, n: int) -> list[Question]:
     from stasc.arithmetic import arithmetic_questions
     return arithmetic_questions(split, n, seed=0)
 
+def _facts(split: str, n: int) -> list[Question]:
+    from stasc.facts import fact_questions
+    return fact_questions(split, n)
+
 PRESETS = dict(nq=Preset("VityaVitalich/adaptive_rag_natural_questions", question="question_text", reference="reference"),
                nq_open=Preset("google-research-datasets/nq_open", question="question", reference="answer", test="validation"),
-               arithmetic=Preset(make=_arithmetic))
+               arithmetic=Preset(make=_arithmetic), facts=Preset(make=_facts))
 
 # %% ../nbs/02_data.ipynb #5bb28f7f
 def _hub_questions(preset: Preset, split: str, question_column=None, reference_column=None) -> list[Question]:

@@ -26,7 +26,7 @@ class PromptSet:
 _REQUIRED = dict(initial=("question",), correction=("question", "initial_answer"))
 
 # %% ../nbs/03_prompt.ipynb #30c80e16
-def prompt_set(name: str,           # packaged name (default, arithmetic) or a YAML/JSON file
+def prompt_set(name: str,           # packaged name (default, arithmetic, facts) or a YAML/JSON file
               ) -> PromptSet:
     "Read and check a prompt set."
     folder = files("stasc")/"prompts"
@@ -119,9 +119,9 @@ def render(tokenizer, messages: list[dict]) -> list[int]:     # token ids
 
 # %% ../nbs/03_prompt.ipynb #979dbaac
 def prompts_of(cfg: Config) -> PromptSet:
-    "The prompt set of a configuration; `auto` is arithmetic for that task and default otherwise."
+    "The prompt set of a configuration; `auto` is the embedded task's own, and default for other data."
     if cfg.prompts != "auto": return prompt_set(cfg.prompts)
-    return prompt_set("arithmetic" if cfg.data == "arithmetic" else "default")
+    return prompt_set(cfg.data if cfg.data in ("arithmetic", "facts") else "default")
 
 # %% ../nbs/03_prompt.ipynb #f64e469b
 class Prompter:
