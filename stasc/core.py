@@ -283,9 +283,9 @@ def _demo(cls,
     base = dict(model="embedded", data="arithmetic", shots=0, reward="exact_match", iterations=5,
                 n_init=2, n_corr=4, n_train=400, n_test=300, temperature=0.7, top_p=1.0, max_new_tokens=64,
                 sample_batch=512, learning_rate=5e-4, train_batch=16)
-    if task == "facts": base |= dict(model="embedded-facts", data="facts", n_train=528, n_test=528, n_test_init=4, max_new_tokens=32, learning_rate=1e-3)
+    if task == "facts": base |= dict(model="embedded-facts", data="facts", n_train=528, n_test=528, n_test_init=4, max_new_tokens=32, learning_rate=7e-4)
     elif task != "arithmetic": raise ConfigError(unknown("demo task", task, ("arithmetic", "facts")))
-    if changes.get("finetune") == "full": base["learning_rate"] = 2e-4 if task == "facts" else 1e-4
+    if changes.get("finetune") == "full": base["learning_rate"] = 1e-4
     return cls.from_dict(base | changes)
 
 Config.paper, Config.released_code, Config.demo = map(classmethod, (_paper, _released_code, _demo))
