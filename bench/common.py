@@ -22,10 +22,18 @@ def machine():
     return found
 
 
+def peak_memory():
+    "Most bytes that this process has held in memory."
+    status = Path("/proc/self/status")
+    if status.exists(): return 1024 * int(next(l for l in status.read_text().splitlines() if l.startswith("VmHWM")).split()[1])     # getrusage's figure is inherited from the process that started this one
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def alternate(runs,             # name to a function without arguments; it returns how much it did (tokens, rows, ...)
               times=5,          # rounds; in each round every function runs once
               warm_up=True,     # one round that is not counted
-          cpu_time=False):  # processor time, where others use the machine as well
+              cpu_time=False):  # processor time, where others use the machine as well
     "Rates of each function, in rounds that alternate so that a slow minute of the machine meets all of them."
     rates = {name: [] for name in runs}
     clock = time.process_time if cpu_time else time.perf_counter

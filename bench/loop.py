@@ -8,7 +8,6 @@ filter, tables and metrics. Each size runs in a process of its own, whose peak m
 """
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,8 +23,9 @@ def scripted(n):
     from stasc.core import Config, Question
     from stasc.data import Data
     from stasc.loop import STaSC
+    from stasc.prompt import Prompter
     from stasc.train import ScriptedEngine
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = common.peak_memory()
     held_out = max(1, n // 10)
     questions = [Question(f"q{i}", f"Which number stands at place {i}?", (str(i),)) for i in range(n + held_out)]
 
@@ -34,14 +34,22 @@ def scripted(n):
         return f"Step-by-step reasoning: it is the number of the place itself, counted from zero.\nFinal Answer: {place if rng.random() < .4 else 'none'}"
 
     cfg = Config(iterations=1, n_init=1, n_corr=1, n_train=n, n_test=held_out, shots=0, prompts="default", reward="exact_match")
+    prompts, render = [], Prompter._render
+
+    def timed(*args):
+        start = time.perf_counter()
+        try: return render(*args)
+        finally: prompts.append(time.perf_counter() - start)
+
+    Prompter._render = timed
     with tempfile.TemporaryDirectory() as tmp:
         start = time.perf_counter()
         run = STaSC(cfg, Path(tmp) / "run", data=Data(questions[:n], questions[n:]), engine=ScriptedEngine(script), callbacks=[]).run()
         seconds, model = time.perf_counter() - start, run.timing().model_seconds.sum()
         size = run.dir.disk_use()
         trajectories = int(run.metrics[["train_n", "test_n"]].sum().sum())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return dict(questions=n, trajectories=trajectories, seconds=seconds, drawing=model, rest=seconds - model, peak_mb=peak / 1024, grown_mb=(peak - base) / 1024, disk_mb=size / 1e6)
+    peak = common.peak_memory()
+    return dict(questions=n, trajectories=trajectories, rest=seconds - model, prompts=sum(prompts), peak_mb=peak / 1e6, grown_mb=(peak - base) / 1e6, disk_mb=size / 1e6)
 
 
 def sizes(args):
@@ -49,7 +57,7 @@ def sizes(args):
     for n in args.sizes:
         out = subprocess.run([sys.executable, __file__, "--one", str(n)], capture_output=True, text=True, check=True).stdout
         r = json.loads(out.splitlines()[-1])
-        rows.append({"questions": f"{n:,}", "trajectories": f"{r['trajectories']:,}", "outside drawing, s": f"{r['rest']:.1f}", "ms per trajectory": f"{1000 * r['rest'] / r['trajectories']:.2f}",
+        rows.append({"questions": f"{n:,}", "trajectories": f"{r['trajectories']:,}", "outside drawing, s": f"{r['rest']:.1f}", "of it prompts, s": f"{r['prompts']:.1f}", "ms per trajectory": f"{1000 * r['rest'] / r['trajectories']:.2f}",
                      "peak memory, MB": f"{r['peak_mb']:.0f}", "above the start, MB": f"{r['grown_mb']:.0f}", "run directory, MB": f"{r['disk_mb']:.1f}"})
         print(rows[-1], file=sys.stderr)
     common.write("questions", "Cost against the number of questions", rows,

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import common
-from train import make_examples, make_model, peak
+from train import make_examples, make_model
 
 # hidden, layers, vocabulary, fine-tuning, rows, prompt, completion, checkpointing
 SETTINGS = [(256, 4, 151_936, "lora", 4, 600, 60, False), (256, 12, 2_000, "lora", 4, 600, 60, False), (256, 12, 2_000, "lora", 4, 600, 60, True),
@@ -40,13 +40,13 @@ def child(setting, folder):
     lm.start(None, seed=0)
     fine_tune(lm, make_examples(1, 4, 4, vocabulary), cfg, 0, checkpointing)
     lm.start(None, seed=0)
-    before, first = resident(), peak()
+    before, first = resident(), common.peak_memory()
     examples = [e for e in make_examples(8 * rows, prompt, completion, vocabulary) if len(e.prompt_ids) <= prompt and len(e.completion_ids) <= completion][:rows]
     length, learned = max(len(e.prompt_ids) + len(e.completion_ids) for e in examples), max(len(e.completion_ids) for e in examples)
     fine_tune(lm, examples, cfg, 0, checkpointing)
     parts = training_bytes(shape_of(folder), finetune, cfg.lora_r, rows, length - learned, learned, half=False, checkpointing=checkpointing)
     said = sum(v for k, v in parts.items() if k in ("gradients", "optimiser", "activations", "logits"))
-    print(json.dumps(dict(setting=setting, rose=peak() - before, said=said, parts=parts, reached=peak() > first)))
+    print(json.dumps(dict(setting=setting, rose=common.peak_memory() - before, said=said, parts=parts, reached=common.peak_memory() > first)))
 
 
 def main():

@@ -120,13 +120,12 @@ def main(argv=None):
         os.environ["STASC_VLLM_PYTHON"] = a.vllm
         with tempfile.TemporaryDirectory() as folder: vllm, start = start_vllm(model, lm, a.batch, folder)
 
-    def some(name, count):      # other prompts in each round
-        k = turn[name] = turn.get(name, -1) + 1
-        return [prompts[(k * count + i) % len(prompts)] for i in range(count)]
-
-    def drawn(name, sampler):   # each round begins with another token, so that nothing cached in the last is of use
+    def some(name, count):      # other prompts in each round, which begin with another token, so that nothing cached in the last is of use
         k = turn[name] = turn.get(name, 0) + 1
-        return counted(name, [s.n_tokens for row in sampler.sample([[k] + p[1:] for p in prompts], a.n, params, seeds) for s in row])
+        return [[k] + prompts[(k * count + i) % len(prompts)][1:] for i in range(count)]
+
+    def drawn(name, sampler):
+        return counted(name, [s.n_tokens for row in sampler.sample(some(name, a.prompts), a.n, params, seeds) for s in row])
 
     def counted(name, lengths):
         if a.device == "cuda": torch.cuda.synchronize()
@@ -145,7 +144,7 @@ def main(argv=None):
     rows = [{"sampler": name, "tokens/s (median)": f"{np.median(rates[name]):,.0f}", "stasc is faster by": f"{gains[name]:.1f}", "mean length": f"{np.mean(seen[k]):.0f}"}
             for name, k in zip(runs, seen)]
     size = sum(o.numel() for o in model.parameters()) / 1e6
-    common.write("sample", "Sampling corrections", rows, out=a.out, settings=vars(a), rates=rates, vllm_start_seconds=start if a.vllm else None, notes=
+    common.write(f"sample_{a.shape}", "Sampling corrections", rows, out=a.out, settings=vars(a), rates=rates, vllm_start_seconds=start if a.vllm else None, notes=
                  f"Qwen2 of {size:.1f} million parameters, random weights, {a.dtype}; {a.prompts} prompts of about {a.prefix + a.suffix} tokens that share {a.prefix}, n = {a.n}, at most {a.limit} new tokens, "
                  f"temperature 0.6, top-p 0.9; {a.generate_batch} prompts in a call of `generate` in batches; median of {a.times} alternating rounds{', processor time' if a.cpu_time else ''}."
                  + (f" vLLM, as `sampler = 'vllm'` runs it (eager, a seed for each text), took {start:.0f} s to start, which is not counted." if a.vllm else ""))

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -61,9 +60,6 @@ def plain_trainer(lm, examples, cfg, seed):
     return [h["loss"] for h in trainer.state.log_history if "loss" in h]
 
 
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def child(way, folder, given):
     "One measurement: seconds, rise of the peak, losses."
     from stasc.core import Config
@@ -73,12 +69,12 @@ def child(way, folder, given):
     examples = make_examples(given["n"], given["prompt"], given["completion"])
     lm = LM(cfg)
     lm.start(None, seed=0)
-    before, began = peak(), time.perf_counter()
+    before, began = common.peak_memory(), time.perf_counter()
     if way.startswith("Trainer"): losses = plain_trainer(lm, examples, cfg, 0)
     else: losses = [(report := fine_tune(lm, examples, cfg, 0))["first_loss"], report["last_loss"]]
     seconds = time.perf_counter() - began
     tokens = sum(len(e.prompt_ids) + len(e.completion_ids) for e in examples)
-    print(json.dumps(dict(way=way, seconds=seconds, peak=peak() - before, before=before, tokens=tokens, losses=[losses[0], losses[-1]])))
+    print(json.dumps(dict(way=way, seconds=seconds, peak=common.peak_memory() - before, before=before, tokens=tokens, losses=[losses[0], losses[-1]])))
 
 
 def summary(rows):

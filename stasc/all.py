@@ -8,8 +8,9 @@ __all__ = ['GPUS', 'Plan', 'Config', 'Question', 'Sample', 'SamplingParams', 'St
            'question_kind', 'reasons', 'FILTERS', 'apply_filter', 'pair', 'Live', 'Iteration', 'STaSC', 'split_metrics',
            'MEASURES', 'by_iteration', 'compare', 'gap', 'kept_correlation', 'measure', 'over_seeds', 'paper_table',
            'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match', 'final_answer',
-           'get_reward', 'in_accuracy', 'judge', 'register', 'token_f1', 'CurveExplorer', 'FilterExplorer',
-           'PromptInspector', 'RewardDebugger']
+           'get_reward', 'in_accuracy', 'judge', 'math_equal', 'multiple_choice', 'register', 'rouge_l', 'token_f1',
+           'yes_no', 'TASKS', 'configure', 'reward_of', 'task_of', 'CurveExplorer', 'FilterExplorer', 'PromptInspector',
+           'RewardDebugger']
 
 # %% ../nbs/16_all.ipynb #a696204d
 import stasc.view                                   # gives `STaSC` its `browse` and `report`
@@ -22,7 +23,9 @@ from .loop import Iteration, STaSC, split_metrics
 from .metrics import MEASURES, by_iteration, compare, gap, kept_correlation, measure, over_seeds, paper_table
 from .patterns import PATTERNS, TAGS, add_pattern, examples, label, pattern_counts
 from .plan import GPUS, Plan
-from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, register, token_f1
+from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, multiple_choice, register, rouge_l, token_f1, yes_no
+from .maths import math_equal
+from .task import TASKS, configure, reward_of, task_of
 from .widgets import CurveExplorer, FilterExplorer, PromptInspector, RewardDebugger
 
 _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "StascError", "Variant", "all_variants", "Data", "load_questions", "read_questions",
@@ -30,5 +33,6 @@ _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "Stas
          "FILTERS", "apply_filter", "pair", "Live", "Iteration", "STaSC", "split_metrics",
          "MEASURES", "by_iteration", "compare", "gap", "kept_correlation", "measure", "over_seeds", "paper_table",
          "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
-         "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "register", "token_f1",
+         "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "math_equal", "multiple_choice", "register", "rouge_l", "token_f1", "yes_no",
+         "TASKS", "configure", "reward_of", "task_of",
          "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]

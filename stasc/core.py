@@ -128,8 +128,8 @@ class Config:
     n_corr: int = opt(5, "N_corr, corrections per initial answer", 1, 10_000)
     seed: int = opt(0, "seed of everything drawn in the run", 0, 2**31 - 1)
     # questions
-    data: str = opt("arithmetic", "preset (nq, nq_open, arithmetic, facts) or a JSONL, JSON, CSV or Parquet file")
-    test_data: str|None = opt(None, "file of held-out questions; default: split off from data")
+    data: str = opt("arithmetic", "a preset such as nq or gsm8k, a part of one (nq_open:train[:500]), or a JSONL, JSON, CSV or Parquet file")
+    test_data: str|None = opt(None, "file or preset of held-out questions; default: the preset's own, or split off from data")
     question_column: str|None = opt(None, "column with the question; default: recognised")
     reference_column: str|None = opt(None, "column with the reference answers; default: recognised")
     n_train: int = opt(500, "training questions", 1)
@@ -137,9 +137,11 @@ class Config:
     n_test_init: int = opt(1, "initial answers per held-out question", 1, 10_000)
     n_test_corr: int = opt(1, "corrections per held-out initial answer", 1, 10_000)
     # reward and prompts
-    reward: str = opt("in_accuracy", "name of a registered reward")
+    task: str = opt("auto", "what kind of questions: prompts and reward that go together, e.g. qa, yes_no, math; auto: what data says")
+    reward: str = opt("auto", "name of a registered reward; auto: the task's")
     scope: str = opt("final", "judge the final answer alone or the full text", choices=("final", "full"))
-    prompts: str = opt("auto", "prompt set: a packaged name or a YAML file; auto: the set of that name for arithmetic and facts, default otherwise")
+    prompts: str = opt("auto", "prompt set: a packaged name or a YAML file; auto: the task's")
+    run_code: bool = opt(False, "allow a reward to run programs that the model wrote, on this machine (see stasc.runner)")
     shots: int = opt(2, "examples in the correction prompt", 0, 100)
     train_prompt: str = opt("same", "train on the prompt that was sampled from, or without its examples", choices=("same", "no_examples"))
     # sampling
@@ -282,7 +284,7 @@ def _demo(cls,
     "An embedded model on its own task, five iterations on a CPU."
     base = dict(model="embedded", data="arithmetic", shots=0, reward="exact_match", iterations=5,
                 n_init=2, n_corr=4, n_train=400, n_test=300, temperature=0.7, top_p=1.0, max_new_tokens=64,
-                sample_batch=512, learning_rate=5e-4, train_batch=16)
+                sample_batch=512, learning_rate=5e-4, train_batch=16, part_size=200)
     if task == "facts": base |= dict(model="embedded-facts", data="facts", n_train=528, n_test=528, n_test_init=4, max_new_tokens=32, learning_rate=7e-4)
     elif task != "arithmetic": raise ConfigError(unknown("demo task", task, ("arithmetic", "facts")))
     if changes.get("finetune") == "full": base["learning_rate"] = 1e-4

@@ -11,21 +11,22 @@ import ast, contextlib, csv, dataclasses, functools, hashlib, html, io, json, ma
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Config, DataError, Question, unknown
-from .reward import normalise
+from .reward import _REWARDS, normalise
+from .runner import ANSWER
 
 # %% ../nbs/02_data.ipynb #93d5be0c
-_COLUMNS = dict(question=("question", "question_text", "query", "problem"), reference=("references", "reference", "answers", "answer"),
-                id=("id", "question_id", "unique_id"), context=("context", "passage"))
+_COLUMNS = dict(question=("question", "question_text", "query", "problem"), reference=("references", "reference", "answers", "answer", "answerkey"),
+                id=("id", "question_id", "unique_id"), context=("context", "passage"), choices=("choices", "options"))
 
 def _column(kind: str,          # key of _COLUMNS
             columns: list[str], # columns there are
             given: str|None,    # column that was asked for
             source: str,        # for the message
-           ) -> str|None:       # None only for id and context, which may be missing
+           ) -> str|None:       # None only for id, context and choices, which may be missing
     "The column that holds `kind`."
     lower = {str(c).strip().lower(): c for c in reversed(columns)}
     column = given if given in columns else None if given else next((lower[k] for k in _COLUMNS[kind] if k in lower), None)
-    if column is not None or kind in ("id", "context"): return column
+    if column is not None or kind not in ("question", "reference"): return column
     there = f"it has {', '.join(map(str, columns))}; name one with {kind}_column"
     raise DataError(f"{source}: no column {given!r}: {there}" if given else f"{source}: no {kind} column ({', '.join(_COLUMNS[kind])}): {there}")
 
@@ -42,6 +43,11 @@ def _text(value, where: str) -> str:
     return value
 
 def _short(value) -> str: return repr(value) if len(repr(value)) <= 60 else repr(value)[:59] + "…"
+
+def _few(items, n: int = 3) -> str:
+    "The first few items, and that there are more."
+    items = list(map(str, items))
+    return ", ".join(items[:n]) + (", …" if len(items) > n else "")
 
 # %% ../nbs/02_data.ipynb #eb9604be
 def _references(value, where: str) -> tuple[str, ...]:
@@ -75,8 +81,23 @@ def _question(where, made_id, row, columns) -> Question:
     text, context = row[columns["question"]], row.get(columns["context"])
     if not (text is None or isinstance(text, str)): raise DataError(f"{at['question']}: {_short(text)} is no text, so no question")
     if not _text(text, at["question"]).strip(): raise DataError(f"{at['question']}: the question is empty: fill it in or remove the row")
-    return Question(made_id if columns["id"] is None else _text(row[columns["id"]], at["id"]), text.strip(),
-                    _references(row[columns["reference"]], at["reference"]), None if context is None else _text(context, at["context"]))
+    given, answer = row.get(columns["choices"]), row[columns["reference"]]
+    listed, references = _choices(given, answer, at["choices"]) if given else ("", _references(answer, at["reference"]))
+    return Question(made_id if columns["id"] is None else _text(row[columns["id"]], at["id"]), text.strip() + listed,
+                    references, None if context is None else _text(context, at["context"]))
+
+# %% ../nbs/02_data.ipynb #e855302f
+def _choices(value, answer, where: str) -> tuple[str, tuple[str, ...]]:     # lines to go under the question, references
+    "Choices with their labels, and which of them is right."
+    labels, value = (value.get("label"), value.get("text")) if isinstance(value, dict) else (None, value)
+    if not isinstance(value, (list, tuple)) or not value: raise DataError(f"{where}: {_short(value)} is no list of choices")
+    texts = [_text(v, where).strip() for v in value]
+    labels = [_text(v, where).strip() for v in labels or (chr(65 + i) for i in range(len(texts)))]
+    if len(labels) != len(texts): raise DataError(f"{where}: {len(labels)} labels for {len(texts)} choices")
+    at = answer if isinstance(answer, int) and not isinstance(answer, bool) else -1
+    if not isinstance(answer, int): at = next((names.index(str(answer).strip()) for names in (labels, texts) if str(answer).strip() in names), -1)
+    if not 0 <= at < len(texts): raise DataError(f"{where}: the answer {_short(answer)} is none of the choices: give a label ({_few(labels)}), a number from 0 or the text")
+    return "\n" + "\n".join(f"{l}) {t}" for l, t in zip(labels, texts)), (labels[at], texts[at])
 
 # %% ../nbs/02_data.ipynb #156ee03d
 def _unique_ids(questions: list[Question], source: str) -> list[Question]:
@@ -85,11 +106,6 @@ def _unique_ids(questions: list[Question], source: str) -> list[Question]:
     for q in questions: (twice.setdefault(q.id) if q.id in seen else seen.add(q.id))
     if twice: raise DataError(f"{source}: ids that are used more than once: {len(twice)} ({_few(twice)}): make them unique, or leave the id column out")
     return questions
-
-def _few(items, n: int = 3) -> str:
-    "The first few items, and that there are more."
-    items = list(map(str, items))
-    return ", ".join(items[:n]) + (", …" if len(items) > n else "")
 
 # %% ../nbs/02_data.ipynb #84281498
 def _decoded(path: Path) -> str:
@@ -226,9 +242,33 @@ class Preset:
     config: str|None = None         # its configuration
     question: str|None = None       # question column
     reference: str|None = None      # reference column
-    train: str = "train"            # split with training questions
+    train: str|None = "train"       # split with training questions; None: for tests alone
     test: str|None = "test"         # split with held-out ones; None: split off from train
     make: object = None             # instead of the Hub: (split, n) -> questions
+    row: object = None              # row of the Hub -> row with the question and reference columns; None: as it is
+    columns: tuple = ()             # columns that `row` needs
+    revision: str|None = None       # commit on the Hub; None: the newest
+    task: str = "qa"                # what kind of questions (stasc.task)
+    threshold: float = 1.0          # t that suits it, where its reward is graded
+
+# %% ../nbs/02_data.ipynb #5bb28f7f
+def _gsm8k(r):
+    gold = r["answer"].rsplit("####", 1)[1].strip()
+    return dict(question=r["question"], answer=[gold, gold.replace(",", "")])
+
+def _hotpot(r): return {k: r[k] for k in ("id", "question", "answer")}
+
+def _hotpot_context(r):
+    passages = zip(r["context"]["title"], r["context"]["sentences"], strict=True)
+    return _hotpot(r) | dict(context="\n\n".join(f"{title}: {''.join(sentences).strip()}" for title, sentences in passages))
+
+def _mbpp(r):
+    return dict(id=f"mbpp-{r['task_id']}", question=f"{r['text'].strip()}\nOne of the tests: {r['test_list'][0]}",
+                answer="\n".join(filter(None, [r["test_setup_code"], *r["test_list"]])))
+
+def _humaneval(r):
+    return dict(id=r["task_id"], question=f"Complete this Python function.\n{r['prompt'].rstrip()}",
+                answer=f"{r['prompt'].rstrip()}\n{ANSWER}\n{r['test']}\ncheck({r['entry_point']})\n")
 
 def _arithmetic(split: str, n: int) -> list[Question]:
     from stasc.arithmetic import arithmetic_questions
@@ -238,21 +278,118 @@ def _facts(split: str, n: int) -> list[Question]:
     from stasc.facts import fact_questions
     return fact_questions(split, n)
 
-PRESETS = dict(nq=Preset("VityaVitalich/adaptive_rag_natural_questions", question="question_text", reference="reference"),
-               nq_open=Preset("google-research-datasets/nq_open", question="question", reference="answer", test="validation"),
-               arithmetic=Preset(make=_arithmetic), facts=Preset(make=_facts))
+# %% ../nbs/02_data.ipynb #db131af1
+PRESETS = dict(
+    nq=Preset("VityaVitalich/adaptive_rag_natural_questions", question="question_text", reference="reference"),
+    nq_open=Preset("google-research-datasets/nq_open", question="question", reference="answer", test="validation",
+                   revision="5dd9790a83002ad084ddeb7c420dc716852c6f28"),
+    trivia_qa=Preset("mandarjoshi/trivia_qa", "rc.nocontext", "question", "answer", test="validation", revision="0f7faf33a3908546c6fd5b73a660e0f8ff173c2f"),
+    squad=Preset("rajpurkar/squad", None, "question", "answers", test="validation", columns=("context",), revision="7b6d24c440a36b6815f21b70d25016731768db1f"),
+    hotpot_qa=Preset("hotpotqa/hotpot_qa", "distractor", "question", "answer", test="validation", row=_hotpot, columns=("id", "question", "answer"),
+                     revision="1908d6afbbead072334abe2965f91bd2709910ab", task="multi_hop"),
+    boolq=Preset("google/boolq", None, "question", "answer", test="validation", columns=("passage",), revision="35b264d03638db9f4ce671b711558bf7ff0f80d5", task="yes_no"),
+    xsum=Preset("EdinburghNLP/xsum", None, "document", "summary", task="summary", threshold=0.3),
+    gsm8k=Preset("openai/gsm8k", "main", "question", "answer", row=_gsm8k, columns=("question", "answer"), revision="740312add88f781978c0658806c59bc2815b9866", task="math"),
+    math500=Preset("HuggingFaceH4/MATH-500", None, "problem", "answer", train=None, revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", task="math"),
+    mbpp=Preset("google-research-datasets/mbpp", "full", "question", "answer", row=_mbpp, columns=("task_id", "text", "test_list", "test_setup_code"),
+                revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c", task="code"),
+    humaneval=Preset("openai/openai_humaneval", None, "question", "answer", train=None, row=_humaneval, columns=("task_id", "prompt", "test", "entry_point"),
+                     revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", task="code"),
+    arithmetic=Preset(make=_arithmetic, task="arithmetic"), facts=Preset(make=_facts, task="facts"))
 
-# %% ../nbs/02_data.ipynb #5bb28f7f
-def _hub_questions(preset: Preset, split: str, question_column=None, reference_column=None) -> list[Question]:
-    "The questions of one split of a data set on the Hub, or in its cache."
+PRESETS["hotpot_qa_context"] = dataclasses.replace(PRESETS["hotpot_qa"], row=_hotpot_context, columns=("id", "question", "answer", "context"))
+
+# %% ../nbs/02_data.ipynb #11573ad7
+@dataclass(frozen=True)
+class _Source:
+    "What `data` or `test_data` names."
+    name: str                   # as it was given
+    preset: Preset|None = None  # None: a local file
+    revision: str|None = None
+    part: str|None = None       # split, with a slice
+    path: str|None = None       # local file
+    rows: str = ":"             # slice of it
+
+def _source(name: str) -> _Source:
+    m = re.fullmatch(r"(?P<preset>\w+)(?:@(?P<revision>[\w./-]+))?(?::(?P<part>.+))?", name)
+    preset, file, rows = m and PRESETS.get(m["preset"]), m["part"] if m else name, ":"
+    if not preset: file = name
+    if file and not Path(file).is_file() and (f := re.fullmatch(r"(.*\.\w+)\[([^\[\]]*)\]", file)): file, rows = f[1], f[2]
+    local = file and Path(file).suffix.lower() in _READERS
+    if not preset and not local and not Path(name).suffix and not Path(name).exists():
+        raise DataError(unknown("data set", m["preset"] if m else name, PRESETS) + "; a file with this name does not exist either")
+    if not preset or local: return _Source(name, preset or None, path=file, rows=rows)
+    return _Source(name, preset, m["revision"], f"{preset.train or preset.test}[:{file}]" if (file or "").isdigit() else file)
+
+# %% ../nbs/02_data.ipynb #69cbfd87
+def _sliced(questions: list, rows: str, source: str) -> list:
+    "The rows that a slice such as `:500` or `10%:20%` names."
+    m = re.fullmatch(r"\s*(-?\d+)?(%?)\s*:\s*(-?\d+)?(%?)\s*", rows)
+    if not m: raise DataError(f"{source}: [{rows}] is no slice of rows: write [:500], [500:], [100:200] or [10%:20%]")
+    bound = lambda n, percent: None if n is None else round(int(n) / 100 * len(questions)) if percent else int(n)
+    return questions[bound(m[1], m[2]):bound(m[3], m[4])]
+
+# %% ../nbs/02_data.ipynb #caa009e2
+def _fitting(preset: Preset, rows, source: str, notes: list):   # pairs (place, row) -> pairs
+    "Rows as `_questions` takes them; what is left out goes into the notes."
+    needs, left = preset.columns or (preset.question, preset.reference), {"have no question or no reference": [], "repeat a question": []}
+    seen = set()
+    for place, row in rows:
+        if not isinstance(row, dict): raise DataError(f"{source}, {place}: expected an object with columns, found {_short(row)}")
+        if missing := [c for c in dict.fromkeys([*needs, *(() if preset.row else (preset.question, preset.reference))]) if c not in row]:
+            raise DataError(f"{source}: no column {', '.join(map(repr, missing))}: it has {', '.join(map(str, row))}, which is not what the preset knows; give a local file "
+                            "with question and answer columns, or another commit of the data set (NAME@COMMIT)")
+        if not (preset.row and any(row[c] is None for c in needs)): row = _rewritten(preset, row, f"{source}, {place}")
+        key = (next((str(row[c]) for c in _COLUMNS["id"] if c in row), None), str(row.get(preset.question)))
+        why = "have no question or no reference" if _blank(row, preset) else "repeat a question" if key[0] is not None and key in seen else None
+        seen.add(key)
+        if why: left[why].append(place)
+        else: yield place, row
+    notes += [f"{source}: rows left out because they {why}: {len(places)} ({_few(places)})" for why, places in left.items() if places]
+
+def _rewritten(preset, row, where):
+    try: return preset.row(row) if preset.row else row
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
+        raise DataError(f"{where}: the row has not the form that the preset knows ({type(e).__name__}: {e}): {_short(row)}") from None
+
+def _blank(row, preset) -> bool:
+    question, reference = row.get(preset.question), row.get(preset.reference)
+    empty = lambda v: v is None or isinstance(v, (str, list)) and not v or isinstance(v, str) and not v.strip()
+    return empty(question) or empty(reference.get("text", reference.get("value")) if isinstance(reference, dict) else reference)
+
+# %% ../nbs/02_data.ipynb #e4ee00c9
+def _hub_rows(preset: Preset, split: str, revision: str|None = None):
+    "One split of a data set on the Hub, or in the cache."
     import datasets
-    try: rows = datasets.load_dataset(preset.hub, preset.config, split=split)
-    except Exception as e:
-        why = f"{type(e).__name__}: {(str(e).strip() or 'no details').splitlines()[0]}"
-        raise DataError(f"data set {preset.hub} (split {split}) can neither be reached nor found in the cache ({why}): "
-                        "load it once while online, or give a local file with --data FILE") from e
-    return _questions(f"{preset.hub} (split {split})", split, ((f"row {n}", row) for n, row in enumerate(rows, 1)),
-                      question_column or preset.question, reference_column or preset.reference)
+    pinned = dict(revision=revision or preset.revision) if revision or preset.revision else {}
+    try: return datasets.load_dataset(preset.hub, preset.config, split=split, **pinned)
+    except RuntimeError as e:
+        if "scripts are no longer supported" not in str(e): raise
+        return datasets.load_dataset(preset.hub, data_dir=preset.config or "default", split=split, revision="refs/convert/parquet")
+
+def _hub_questions(preset: Preset, split: str, question_column=None, reference_column=None, revision=None, notes=None) -> list[Question]:
+    "The questions of one split of a data set on the Hub, or in its cache."
+    source = f"{preset.hub} (split {split})"
+    try: rows = _hub_rows(preset, split, revision)
+    except Exception as e: raise DataError(_unreachable(preset, split, e)) from e
+    pairs = ((f"row {n}", row) for n, row in enumerate(rows, 1))
+    return _preset_questions(preset, source, re.match(r"\w*", split)[0], pairs, question_column, reference_column, notes)
+
+def _preset_questions(preset, source, stem, pairs, question_column, reference_column, notes):
+    if not (question_column or reference_column): pairs = _fitting(preset, pairs, source, [] if notes is None else notes)
+    return _questions(source, stem, pairs, question_column or preset.question, reference_column or preset.reference)
+
+# %% ../nbs/02_data.ipynb #0746b424
+def _unreachable(preset, split, e) -> str:
+    "What to do about a data set that could not be loaded."
+    import datasets
+    why = f"{type(e).__name__}: {(str(e).strip() or 'no details').splitlines()[0]}"
+    if not isinstance(e, OSError): return f"data set {preset.hub} (split {split}) cannot be loaded ({why}): ask for another part of it, or give a local file with --data FILE"
+    cache, name = Path(datasets.config.HF_DATASETS_CACHE), next((k for k, p in PRESETS.items() if p == preset), None)
+    with contextlib.suppress(ValueError, RuntimeError): cache = Path("~")/cache.relative_to(Path.home())
+    local = f" (or --data {name}:FILE, for a file with the data set's own columns)" if name else ""
+    return (f"data set {preset.hub} (split {split}) can neither be reached nor found in the cache ({why}): "
+            f"load it once while online, which puts it into {cache}, or give a local file with --data FILE{local}")
 
 # %% ../nbs/02_data.ipynb #f2a9a3c8
 @dataclass(frozen=True)
@@ -289,16 +426,27 @@ def _html(self) -> str:
 Data.frame, Data._repr_html_ = _frame, _html
 
 # %% ../nbs/02_data.ipynb #f6e06716
-def _pool(name: str, side: str, n: int, cfg: Config) -> tuple[list[Question], list[str]]:
+def _pool(name: str, side: str, cfg: Config, n: int) -> tuple[list[Question], list[str]]:
     "The questions that one side may be taken from, in order, and notes."
-    if name in PRESETS:
-        preset = PRESETS[name]
-        split = getattr(preset, side) or preset.train
-        if preset.make: return preset.make(split, n), []
-        return _ordered(_hub_questions(preset, split, cfg.question_column, cfg.reference_column), f"{preset.hub} (split {split})")
-    if not Path(name).suffix and not Path(name).exists():
-        raise DataError(unknown("data set", name, PRESETS) + "; a file with this name does not exist either")
-    return _ordered(read_questions(name, cfg.question_column, cfg.reference_column), name)
+    source, columns, notes = _source(name), (cfg.question_column, cfg.reference_column), []
+    preset = source.preset
+    if side == "train" and preset and preset.train is None:
+        raise DataError(f"{name} is for tests alone and nothing is trained on it: give it as test_data, and other questions as data")
+    if source.path: pool = _sliced(_local(source, columns, notes), source.rows, name)
+    elif preset.make:
+        if source.part or source.revision: raise DataError(f"{name}: questions of this preset are made on the spot and have no parts: leave out what follows its name")
+        return preset.make(getattr(preset, side) or preset.train, n), []
+    else: pool = _hub_questions(preset, source.part or getattr(preset, side) or preset.train, *columns, source.revision, notes)
+    pool, more = _ordered(pool, name if source.path else f"{preset.hub} (split {source.part or getattr(preset, side) or preset.train})")
+    return pool, notes + more
+
+def _local(source, columns, notes):
+    "Questions of a file, in a preset's columns where it stands behind the name of one."
+    if not source.preset: return read_questions(source.path, *columns)
+    if source.preset.make: raise DataError(f"{source.name}: questions of this preset are made on the spot; for those of a file give the file alone")
+    path = Path(source.path)
+    if not path.is_file(): raise DataError(f"{path}: no such file")
+    return _preset_questions(source.preset, str(path), path.stem, _READERS[path.suffix.lower()](path), *columns, notes)
 
 def _first(pool, n, side, source):
     if len(pool) < n: raise DataError(f"{source}: {len(pool)} distinct questions, but n_{side} = {n}: lower n_{side}, or give more questions")
@@ -308,18 +456,33 @@ def _first(pool, n, side, source):
 def load_questions(cfg: Config, # data, test_data, question_column, reference_column, n_train, n_test
                   ) -> Data:    # with notes, each also given as a DataWarning
     "The questions that a configuration asks for."
-    own_test = cfg.data in PRESETS and PRESETS[cfg.data].test
-    pool, notes = _pool(cfg.data, "train", cfg.n_train, cfg)
+    own_test = _own_test(cfg)
+    pool, notes = _pool(cfg.data, "train", cfg, cfg.n_train)
     if not (cfg.test_data or own_test): train, test = _split(pool, cfg.n_train, cfg.n_test, cfg.data)
     else:
-        test_pool, more = _pool(cfg.test_data or cfg.data, "test", cfg.n_test, cfg)
+        test_pool, more = _pool(cfg.test_data or own_test, "test", cfg, cfg.n_test)
         if cfg.test_data: check_leak(pool, test_pool)
         pool, leaked = _apart(pool, test_pool, cfg.data)
         train, test = _first(pool, cfg.n_train, "train", cfg.data), _first(test_pool, cfg.n_test, "test", cfg.test_data or cfg.data)
         notes += more + leaked
-    notes += _empty_references([*train, *test])
+    notes += _empty_references([*train, *test]) + _graded(cfg)
     _warned(notes)
     return Data(tuple(train), tuple(test), tuple(notes))
+
+def _own_test(cfg) -> str|None:
+    "Where a preset's own held-out questions are; None where they are split off from `data`."
+    source = _source(cfg.data)
+    if not source.preset or source.path or not source.preset.test: return None
+    if re.findall(r"[A-Za-z]\w*", source.part or "").count(source.preset.test): return None      # it is the held-out split that was asked for
+    return cfg.data.partition(":")[0]
+
+def _graded(cfg) -> list[str]:
+    "A note where a graded reward meets a threshold that only a copy reaches."
+    preset = _source(cfg.data).preset
+    task = cfg.task if cfg.task != "auto" or not preset else preset.task
+    graded = task == "summary" if cfg.reward == "auto" else getattr(_REWARDS.get(cfg.reward), "graded", False)
+    suits = preset.threshold if preset and preset.threshold < 1 else 0.5
+    return [f"the reward of {cfg.data} is graded, and with threshold = 1 no answer but a copy of the reference counts as right: set a lower one, such as {suits}"] if graded and cfg.threshold == 1 else []
 
 def _apart(pool, test_pool, source):
     "The training questions that are not held out, and a note on the others."

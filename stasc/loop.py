@@ -16,8 +16,9 @@ from .core import Config, ConfigError, DataError, Question, StoreError, Variant,
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
 from .prompt import Prompter, PromptSet, prompts_of
-from .reward import get_reward, judge, reward_name
+from .reward import judge, reward_name
 from .store import RunDir, part_name, read_json
+from .task import reward_of
 from .train import Engine, Example, ScriptedEngine
 
 # %% ../nbs/09_loop.ipynb #4d6c733d
@@ -174,7 +175,7 @@ def _prompts_(self) -> PromptSet:
     return self._prompts
 
 STaSC.data, STaSC.engine, STaSC.prompter, STaSC.prompts = map(property, (_data_, _engine_, _prompter_, _prompts_))
-STaSC.reward = property(lambda self: get_reward(self._reward or self.cfg.reward), doc="The reward function.")
+STaSC.reward = property(lambda self: self._reward or reward_of(self.cfg), doc="The reward function.")
 
 def _call(self, event, *args):
     for c in self.callbacks:
@@ -422,14 +423,20 @@ def _measure(self, n) -> dict:
     "What goes into metrics.json."
     out = dict(iteration=n, n_kept=len(self.dir.table(n, "kept")) if n else 0)
     for split in ("test", "train"):
-        t = pd.concat([t[["init_reward", "corr_reward"]] for t in self._by_part(n, split)])
+        t = self._rewards(n, split)
         out[split] = split_metrics(t.init_reward, t.corr_reward, self.cfg.threshold)
     if n and not self.variant.evolving_init:
         t = self.dir.table(n, "transfer.test", token_ids=False)
         out["transfer"] = dict(n=len(t), acc_t1=float(t.init_reward.mean()))
     return out
 
-STaSC._measure = _measure
+def _rewards(self, n, split):
+    "The reward of each correction, and of the initial answer that it was drawn for."
+    keys, of = ["question_id", "init_index"], n if self.variant.evolving_init else 0
+    initial, corrections = (self.dir.table(i, f"{phase}.{split}", only=[*keys, reward]) for i, phase, reward in ((of, "initial", "init_reward"), (n, "corrections", "corr_reward")))
+    return corrections.merge(initial, on=keys, validate="many_to_one")
+
+STaSC._measure, STaSC._rewards = _measure, _rewards
 
 # %% ../nbs/09_loop.ipynb #3e73a259
 def _getitem(self, n: int) -> Iteration:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from .core import Config, PromptError, Question, read_mapping, unknown
+from .task import task_of
 
 # %% ../nbs/03_prompt.ipynb #84720e24
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class PromptSet:
 _REQUIRED = dict(initial=("question",), correction=("question", "initial_answer"))
 
 # %% ../nbs/03_prompt.ipynb #30c80e16
-def prompt_set(name: str,           # packaged name (default, arithmetic, facts) or a YAML/JSON file
+def prompt_set(name: str,           # packaged name such as default, or a YAML/JSON file
               ) -> PromptSet:
     "Read and check a prompt set."
     folder = files("stasc")/"prompts"
@@ -119,9 +120,8 @@ def render(tokenizer, messages: list[dict]) -> list[int]:     # token ids
 
 # %% ../nbs/03_prompt.ipynb #979dbaac
 def prompts_of(cfg: Config) -> PromptSet:
-    "The prompt set of a configuration; `auto` is the embedded task's own, and default for other data."
-    if cfg.prompts != "auto": return prompt_set(cfg.prompts)
-    return prompt_set(cfg.data if cfg.data in ("arithmetic", "facts") else "default")
+    "The prompt set of a configuration; `auto` is the task's."
+    return prompt_set(task_of(cfg).prompts if cfg.prompts == "auto" else cfg.prompts)
 
 # %% ../nbs/03_prompt.ipynb #f64e469b
 class Prompter:
@@ -130,6 +130,7 @@ class Prompter:
                  context_length: int|None = None,   # most tokens the model can attend to; None is no limit
                  prompts: PromptSet|None = None):   # default: what cfg.prompts names
         self.tokenizer, self.cfg, self.context_length, self.set = tokenizer, cfg, context_length, prompts or prompts_of(cfg)
+        self._first = functools.lru_cache(4096)(self._render_initial)       # each iteration asks the same questions
 
     def _render(self, messages, question):
         ids, limit, new = render(self.tokenizer, messages), self.context_length, self.cfg.max_new_tokens
@@ -141,7 +142,9 @@ class Prompter:
 # %% ../nbs/03_prompt.ipynb #b480bf20
 def _initial(self, question: Question) -> list[int]:
     "Token ids of the prompt for an initial answer."
-    return self._render(initial_messages(self.set, question), question)
+    return list(self._first(question))
+
+def _render_initial(self, question): return self._render(initial_messages(self.set, question), question)
 
 def _correction(self, question: Question,
                 initial_answer: str,            # the initial answer's text
@@ -151,4 +154,4 @@ def _correction(self, question: Question,
     shots = 0 if training and self.cfg.train_prompt == "no_examples" else self.cfg.shots
     return self._render(correction_messages(self.set, question, initial_answer, shots), question)
 
-Prompter.initial, Prompter.correction = _initial, _correction
+Prompter.initial, Prompter._render_initial, Prompter.correction = _initial, _render_initial, _correction

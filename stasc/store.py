@@ -75,10 +75,11 @@ def write_table(path: Path, rows: list[dict], kind: str):
 
 def read_tables(paths: list[Path], kind: str,
                 token_ids: bool = True,     # they are the larger part of a table, and few need them
+                only: list|None = None,     # columns; None: all
                ):                           # pandas DataFrame
     "Read Parquet files as one table."
     import pyarrow as pa, pyarrow.parquet as pq
-    tables, names = [], [c for c in columns(kind) if token_ids or not c.endswith("token_ids")]
+    tables, names = [], only or [c for c in columns(kind) if token_ids or not c.endswith("token_ids")]
     for p in paths:
         try: tables.append(pq.ParquetFile(p).read(names))
         except (OSError, pa.ArrowException) as e: raise StoreError(f"{p} is no readable Parquet file ({str(e).splitlines()[0]}); delete it and resume the run to draw it again") from e
@@ -244,12 +245,13 @@ def _part_names(self, iteration: int, phase: str) -> list[str]:
 def _table(self, iteration: int,
            phase: str,              # e.g. "initial.train"; or "kept"
            part: int|None = None,   # one part of it; None is all
-           token_ids: bool = True): # with the ids that were generated
+           token_ids: bool = True,  # with the ids that were generated
+           only: list|None = None): # columns; None: all
     "A table of an iteration as pandas, its checksums compared."
     kind = phase.split(".")[0]
     if kind == "kept": names = [f"iter_{iteration:02d}/kept.parquet"]
     else: names = self.part_names(iteration, phase) if part is None else [part_name(iteration, phase, part)]
-    return read_tables([self.verified(n) for n in names], "initial" if kind == "transfer" else kind, token_ids)
+    return read_tables([self.verified(n) for n in names], "initial" if kind == "transfer" else kind, token_ids, only)
 
 def _disk_use(self) -> int:         # bytes
     "What the run takes on disk."

@@ -29,7 +29,7 @@ class Model:
         from vllm.platforms import current_platform
         if current_platform.device_type != device:
             raise ValueError(f"this vLLM is built for {current_platform.device_type or 'no device of this machine'}, and the run's device is {device}")
-        kw = dict(block_size=32, enforce_eager=True) if device == "cpu" else dict(gpu_memory_utilization=_share())
+        kw = dict(block_size=32, enforce_eager=True, enable_chunked_prefill=False) if device == "cpu" else dict(gpu_memory_utilization=_share())
         if rank: kw |= dict(enable_lora=True, max_loras=1, max_lora_rank=min(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank))
         self.llm = vllm.LLM(model=model, dtype=dtype, skip_tokenizer_init=True, generation_config="vllm", enable_prefix_caching=True, max_model_len=-1,
                             max_num_seqs=rows, logprobs_mode="raw_logprobs", trust_remote_code=trust_remote_code, seed=0, **kw)

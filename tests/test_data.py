@@ -232,48 +232,203 @@ def test_data_is_light_to_import():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    "Stands in for the Hub: an id leads to a local folder of Parquet files."
+    "Stands in for the Hub: an id (and a revision) leads to a local folder of Parquet files with a card that names its configurations."
     datasets = pytest.importorskip("datasets")
-    real, folders = datasets.load_dataset, {}
-    def load(path, name=None, **kwargs):
-        if path not in folders: raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
-        return real(str(folders[path]), name, cache_dir=str(tmp_path/"cache"), **kwargs)
+    real, folders, asked = datasets.load_dataset, {}, []
+    def load(path, name=None, revision=None, **kwargs):
+        asked.append(dict(path=path, name=name, revision=revision, **kwargs))
+        folder = folders.get((path, "refs/convert/parquet" if revision == "refs/convert/parquet" else None))
+        if folder is None: raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
+        return real(str(folder), name, cache_dir=str(tmp_path/"cache"), **kwargs)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    def publish(hub_id, **splits):
-        folders[hub_id] = tmp_path/hub_id.replace("/", "--")
+    def publish(hub_id, config=None, features=None, script=False, **splits):
+        folder = folders[hub_id, None] = tmp_path/hub_id.replace("/", "--")
+        where = folder/(config or "data")
+        where.mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():
-            (folders[hub_id]/"data").mkdir(parents=True, exist_ok=True)
-            datasets.Dataset.from_list(rows).to_parquet(str(folders[hub_id]/"data"/f"{split}-00000-of-00001.parquet"))
+            datasets.Dataset.from_list(rows, features=features).to_parquet(str(where/f"{split}-00000-of-00001.parquet"))
+        files = "".join(f"  - split: {s}\n    path: {where.name}/{s}-*\n" for s in splits)
+        (folder/"README.md").write_text(f"---\nconfigs:\n- config_name: {config or 'default'}\n  data_files:\n{files}---\n")
+        if script:                              # as it is for data sets with a script: Parquet stands at another revision, CONFIG/SPLIT/0000.parquet
+            copy = folders[hub_id, "refs/convert/parquet"] = tmp_path/(folder.name + "-parquet")
+            for split in splits:
+                (copy/(config or "default")/split).mkdir(parents=True)
+                (where/f"{split}-00000-of-00001.parquet").rename(copy/(config or "default")/split/"0000.parquet")
+            (folder/"README.md").unlink()
+            (folder/f"{folder.name}.py").write_text("raise SystemExit('this must not run')")
+    publish.asked, publish.features = asked, datasets
     return publish
 
+def load(data, n_train, n_test, **kw): return load_questions(Config(data=data, n_train=n_train, n_test=n_test, **kw))
+def ask(i): return f"who is number {i}"
+
 def test_preset_nq(hub):
-    row = lambda i: dict(question_id=f"id{i}", question_text=f"who is number {i}", reference=[f"n{i}", f"number {i}"], context="")
+    row = lambda i: dict(question_id=f"id{i}", question_text=ask(i), reference=[f"n{i}", f"number {i}"], context="")
     hub("VityaVitalich/adaptive_rag_natural_questions", train=[row(i) for i in range(30)], test=[row(i) for i in range(28, 40)])
-    with pytest.warns(DataWarning, match="training questions left out because they stand in the test split: 2"):
-        data = load_questions(Config(data="nq", n_train=28, n_test=12))
+    with pytest.warns(DataWarning, match="training questions left out because they stand in the test split: 2"): data = load("nq", 28, 12)
     assert {q.id for q in data.test} == {f"id{i}" for i in range(28, 40)} and {q.id for q in data.train} == {f"id{i}" for i in range(28)}
     assert data.train[0].references == (f"n{data.train[0].id[2:]}", f"number {data.train[0].id[2:]}")
-    with pytest.raises(DataError, match="nq: 28 distinct questions, but n_train = 29"): load_questions(Config(data="nq", n_train=29, n_test=12))
+    with pytest.raises(DataError, match="nq: 28 distinct questions, but n_train = 29"): load("nq", 29, 12)
 
 def test_preset_nq_open(hub):
-    hub("google-research-datasets/nq_open", train=[dict(question=f"who is number {i}", answer=[f"n{i}"]) for i in range(9)],
+    hub("google-research-datasets/nq_open", "nq_open", train=[dict(question=ask(i), answer=[f"n{i}"]) for i in range(9)],
         validation=[dict(question=f"where is number {i}", answer=[f"n{i}", "x"]) for i in range(5)])
-    data = load_questions(Config(data="nq_open", n_train=9, n_test=5))
+    data = load("nq_open", 9, 5)
     assert sorted(q.id for q in data.test) == [f"validation-{i}" for i in range(1, 6)] and {len(q.references) for q in data.test} == {2}
+    assert {a["revision"] for a in hub.asked} == {PRESETS["nq_open"].revision}
     jsonl("test.jsonl", [dict(question="Who is number 3?", answer="x")])
-    with pytest.raises(DataError, match=r"'Who is number 3\?' \(train-4 and test-1\)"): load_questions(Config(data="nq_open", test_data="test.jsonl", n_train=5, n_test=1))
+    with pytest.raises(DataError, match=r"'Who is number 3\?' \(train-4 and test-1\)"): load("nq_open", 5, 1, test_data="test.jsonl")
+
+def test_preset_trivia_qa(hub):
+    answer = lambda i: dict(aliases=[f"N{i}", f"the {i}th", f"N{i}"], normalized_aliases=[f"n{i}"], matched_wiki_entity_name="", normalized_matched_wiki_entity_name="", normalized_value=f"n{i}", type="WikipediaEntity", value=f"N{i}")
+    row = lambda i: dict(question=ask(i), question_id=f"tc_{i}", question_source="http://x", entity_pages=dict(title=[f"T{i}"]), search_results=dict(title=["t"]), answer=answer(i))
+    hub("mandarjoshi/trivia_qa", "rc.nocontext", train=[row(i) for i in range(6)] + [row(3)], validation=[row(i) for i in range(10, 13)])
+    with pytest.warns(DataWarning, match=r"left out because they repeat a question: 1 \(row 7\)"): data = load("trivia_qa", 6, 3)
+    assert {q.references for q in data.test} == {(f"N{i}", f"the {i}th") for i in (10, 11, 12)} and {q.id for q in data.train} == {f"tc_{i}" for i in range(6)}
+
+def test_preset_squad(hub):
+    row = lambda i: dict(id=f"s{i}", title="T", context=f"Passage {i}.", question="Who won?", answers=dict(text=["Ann", "Ann", f"Ann {i}"], answer_start=[1, 1, 1]))
+    hub("rajpurkar/squad", "plain_text", train=[row(i) for i in range(5)] + [dict(row(9), question=" "), dict(row(10), answers=dict(text=[], answer_start=[]))], validation=[row(i) for i in range(20, 24)])
+    with pytest.warns(DataWarning, match=r"have no question or no reference: 2 \(row 6, row 7\)"): data = load("squad", 5, 4)
+    assert data.test[0].context.startswith("Passage 2") and data.test[0].references[0] == "Ann" and len(data.test[0].references) == 2
+
+@pytest.mark.parametrize("script", [False, True])
+def test_preset_hotpot_qa_with_and_without_context(hub, script):
+    row = lambda i: dict(id=f"h{i}", question=ask(i), answer="yes" if i % 2 else f"n{i}", type="bridge", level="hard", supporting_facts=dict(title=["A"], sent_id=[0]),
+                         context=dict(title=["A", "B"], sentences=[["One. ", f"Two {i}."], ["Three."]]))
+    hub("hotpotqa/hotpot_qa", "distractor", script=script, train=[row(i) for i in range(6)], validation=[row(i) for i in range(10, 13)])
+    assert all(q.context is None for q in load("hotpot_qa", 6, 3).train)
+    assert {q.context for q in load("hotpot_qa_context", 6, 3).test} == {f"A: One. Two {i}.\n\nB: Three." for i in (10, 11, 12)}
+    assert any(a["revision"] == "refs/convert/parquet" and a["data_dir"] == "distractor" for a in hub.asked) == script
+    assert len(load("hotpot_qa:train[:4]", 4, 3).train) == 4
+
+def test_preset_boolq(hub):
+    row = lambda i: dict(question=f"is {i} even", answer=i % 2 == 0, passage=f"About {i}.")
+    hub("google/boolq", train=[row(i) for i in range(6)], validation=[row(i) for i in range(10, 13)])
+    data = load("boolq", 6, 3)
+    assert {(q.text, q.references, q.context) for q in data.test} == {(f"is {i} even", ("yes" if i % 2 == 0 else "no",), f"About {i}.") for i in (10, 11, 12)}
+
+def test_preset_xsum_from_the_parquet_copy_of_a_script(hub):
+    row = lambda i: dict(document=f"Long text {i}\nwith lines." if i else "", summary=f"Text {i}.", id=str(i))
+    hub("EdinburghNLP/xsum", script=True, train=[row(i) for i in range(6)], validation=[row(50)], test=[row(i) for i in range(10, 13)])
+    with pytest.warns(DataWarning) as caught: data = load("xsum", 5, 3)
+    notes = " / ".join(str(w.message) for w in caught)
+    assert "no question or no reference: 1 (row 1)" in notes and "is graded" in notes and "such as 0.3" in notes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load("xsum:train[1:]", 5, 3, threshold=0.3).test == data.test
+
+def test_preset_gsm8k(hub):
+    row = lambda i: dict(question=f"Ann has {i} eggs. How many?", answer=f"She has <<{i}={i}>>{i}.\n#### {i:,}")
+    hub("openai/gsm8k", "main", train=[row(i) for i in (1, 2, 3)], test=[row(i) for i in (1000, 5)])
+    data = load("gsm8k", 3, 2)
+    assert {q.references for q in data.test} == {("1,000", "1000"), ("5",)}
+    with pytest.raises(DataError, match=r"bad.jsonl, line 1: the row has not the form that the preset knows"): load("gsm8k:" + jsonl("bad.jsonl", [dict(row(1), answer="no mark")]), 1, 1)
+
+def test_preset_math500_is_for_tests_alone(hub):
+    row = lambda i: dict(problem=f"What is ${i}$?", solution="...", answer=rf"\frac{{{i}}}{{2}}", subject="Algebra", level=1, unique_id=f"test/algebra/{i}.json")
+    hub("HuggingFaceH4/MATH-500", test=[row(i) for i in range(4)])
+    for name in ("math500", "math500:test", "math500:test[:2]", "math500:2", "math500@abc", "humaneval"):
+        with pytest.raises(DataError, match="is for tests alone and nothing is trained on it: give it as test_data"): load(name, 2, 2)
+    data = load(jsonl("sums.jsonl", sums(5)), 5, 4, test_data="math500")
+    assert {q.id for q in data.test} == {f"test/algebra/{i}.json" for i in range(4)} and data.test[0].references[0].startswith(r"\frac")
+    with pytest.raises(DataError, match="stand in the training data as well: 1 of 4"): load(jsonl("leak.jsonl", [dict(question="what is 3 ?", answer="x"), dict(question="What is $3$?", answer="x")]), 1, 4, test_data="math500")
+
+def test_preset_mbpp_and_humaneval(hub):
+    from stasc.runner import run_code
+    row = lambda i: dict(task_id=i, text=f"Write a function to add {i}.", code="x", test_list=[f"assert add(1) == {1 + i}", f"assert add(2) == {2 + i}"], test_setup_code="import math" if i % 2 else "", challenge_test_list=[])
+    hub("google-research-datasets/mbpp", "full", train=[row(i) for i in range(3)], test=[row(i) for i in range(10, 12)], validation=[row(30)], prompt=[row(40)])
+    data = load("mbpp", 3, 2)
+    q = next(q for q in data.train if q.id == "mbpp-1")
+    assert "assert add(1) == 2" in q.text and "add(2)" not in q.text
+    assert run_code("def add(n): return n + 1", q.references[0], seconds=60).passed and not run_code("def add(n): return 2", q.references[0], seconds=60).passed
+    prompt = 'from typing import List\n\n\ndef helper(x):\n    return x + 1\n\ndef last(xs: List[int]) -> int:\n    """ The last one plus one.\n    """\n'
+    hub("openai/openai_humaneval", "openai_humaneval", test=[dict(task_id="HumanEval/0", prompt=prompt, canonical_solution="    return 1", test="METADATA = {}\n\ndef check(candidate):\n    assert candidate([1, 2]) == 3\n", entry_point="last")])
+    h = load(jsonl("sums.jsonl", sums(5)), 5, 1, test_data="humaneval").test[0]
+    assert h.id == "HumanEval/0" and "def last" in h.text
+    for program, passed in (("def last(xs: List[int]) -> int:\n    return helper(xs[-1])", True), ("def last(xs): return xs[-1]", False), ("", False), ("import sys; sys.exit(0)", False)):
+        assert run_code(program, h.references[0], seconds=60).passed == passed
 
 def test_a_preset_without_a_test_split_is_split(hub, monkeypatch):
     hub("me/mine", train=[dict(problem=f"what is {i}", solution=i) for i in range(10)])
     monkeypatch.setitem(PRESETS, "mine", Preset("me/mine", question="problem", reference="solution", test=None))
-    data = load_questions(Config(data="mine", n_train=6, n_test=4))
+    data = load("mine", 6, 4)
     assert len({q.id for q in data.train + data.test}) == 10 and data.train[0].references[0].isdigit()
-    with pytest.raises(DataError, match=r"me/mine \(split train\): no column 'nope': it has problem, solution"): load_questions(Config(data="mine", reference_column="nope"))
+    with pytest.raises(DataError, match=r"me/mine \(split train\): no column 'nope': it has problem, solution"): load("mine", 6, 4, reference_column="nope")
 
-@pytest.mark.parametrize("name", ["nq", "nq_open"])
+
+# --- parts of a preset, local files in its columns, other commits
+
+@pytest.fixture
+def nq_open(hub):
+    hub("google-research-datasets/nq_open", "nq_open", train=[dict(question=ask(i), answer=[f"n{i}"]) for i in range(20)],
+        validation=[dict(question=f"where is number {i}", answer=[f"n{i}"]) for i in range(10)])
+    return hub
+
+@pytest.mark.parametrize("data, train, test", [("nq_open:train[:5]", range(5), 10), ("nq_open:5", range(5), 10), ("nq_open:train[50%:75%]", range(10, 15), 10), ("nq_open@abc:train[:2]+train[4:6]", (0, 1, 4, 5), 10)])
+def test_parts(nq_open, data, train, test):
+    d = load(data, len(train), test)
+    assert {q.text for q in d.train} == {ask(i) for i in train} and all(q.id.startswith("validation-") for q in d.test)
+    if "@" in data: assert {a["revision"] for a in nq_open.asked} == {"abc"}
+
+def test_a_held_out_split_that_is_asked_for_is_split(nq_open):
+    d = load("nq_open:validation", 6, 4)
+    assert len({q.id for q in d.train + d.test}) == 10
+    assert len(load("nq_open:train[:6]", 6, 2, test_data="nq_open:validation[:2]").test) == 2
+    with pytest.raises(DataError, match="stand in the training data as well"): load("nq_open:train[:6]", 6, 2, test_data="nq_open:train[4:6]")
+
+@pytest.mark.parametrize("data, says", [("nq_open:tset", "cannot be loaded .*Unknown split"), ("nq_open:train[:x]", "cannot be loaded"), ("nqopen:train[:5]", "unknown data set 'nqopen', did you mean 'nq_open'"),
+                                        ("arithmetic:5", "made on the spot"), ("nq_open:none.jsonl", "none.jsonl: no such file"), ("none.jsonl[:5]", "none.jsonl: no such file"), ("arithmetic:a.jsonl", "made on the spot")])
+def test_bad_parts(nq_open, data, says):
+    with pytest.raises(DataError, match=says): load(data, 2, 2)
+
+def test_a_part_of_a_file():
+    jsonl("a.jsonl", sums(20))
+    assert {q.id for q in load("a.jsonl[:5]", 3, 2).train + load("a.jsonl[:5]", 3, 2).test} == {f"s{i}" for i in range(5)}
+    assert {q.id for q in load("a.jsonl[:50%]", 5, 5, test_data="a.jsonl[50%:]").test} <= {f"s{i}" for i in range(10, 20)}
+    jsonl("b[1].jsonl", sums(4))
+    assert len(load("b[1].jsonl", 2, 2).train) == 2
+    for bad in ("a.jsonl[5]", "a.jsonl[a:]", "a.jsonl[1:2:3]", "a.jsonl[]"):
+        with pytest.raises(DataError, match="is no slice of rows"): load(bad, 1, 1)
+
+def test_a_local_file_with_the_columns_of_a_preset():
+    jsonl("g.jsonl", [dict(question=f"Ann has {i} eggs?", answer=f"So\n#### {i}") for i in range(5)])
+    assert {q.references for q in load("gsm8k:g.jsonl", 3, 2).train} <= {(str(i),) for i in range(5)}
+    jsonl("m.jsonl", [dict(problem="p", answer="1", unique_id="u")])
+    with pytest.raises(DataError, match="for tests alone"): load("math500:m.jsonl", 1, 1)
+    jsonl("x.jsonl", [dict(question="q", gold="1")])
+    with pytest.raises(DataError, match="x.jsonl: no column 'answer': it has question, gold"): load("gsm8k:x.jsonl", 1, 1)
+    put("y.jsonl", "[1]\n")
+    with pytest.raises(DataError, match="y.jsonl, line 1: expected an object"): load("gsm8k:y.jsonl", 1, 1)
+
+CHANGED = [(k, r) for k, p in PRESETS.items() if p.hub for r in (dict(q="x", a="y"), {p.question: "x"}, {c: {"deep": 1} for c in p.columns} | {p.question: "x"}, {c: ["x"] for c in p.columns} | {p.question: ["x"], p.reference: {"gold": "x"}})]
+
+@pytest.mark.parametrize("name, row", CHANGED)
+def test_a_changed_schema_is_one_sentence(name, row):
+    jsonl("changed.jsonl", [row])
+    with pytest.raises(DataError) as e: load(jsonl("a.jsonl", sums(3)), 1, 1, test_data=f"{name}:changed.jsonl")
+    assert "\n" not in str(e.value) and str(e.value).startswith("changed.jsonl")
+
+
+# --- multiple choice
+
+@pytest.mark.parametrize("row", [dict(choices=["x", "y", "z"], answer=1), dict(choices=dict(text=["x", "y", "z"], label=["A", "B", "C"]), answerKey="B"), dict(options=["x", "y", "z"], answer="y"), dict(choices=["x", "y", "z"], answer="B")])
+def test_choices_are_listed_and_the_right_one_is_known(row):
+    q = read_questions(jsonl("c.jsonl", [dict(question="Which?") | row]))[0]
+    assert q.text == "Which?\nA) x\nB) y\nC) z" and q.references == ("B", "y")
+
+@pytest.mark.parametrize("row, says", [(dict(choices=["x"], answer="B"), "none of the choices"), (dict(choices=["x"], answer=3), "none of the choices"), (dict(choices=["x"], answer=-1), "none of the choices"), (dict(choices="x", answer=0), "no list of choices"),
+                                       (dict(choices=dict(text=["x", "y"], label=["A"]), answer="A"), "1 labels for 2 choices"), (dict(choices=["x", None], answer=0), "null"), (dict(choices=["x"], answer=None), "none of the choices")])
+def test_bad_choices(row, says):
+    message = error(jsonl("c.jsonl", [dict(question="Which?") | row]))
+    assert message.startswith("c.jsonl, line 1, column 'choices': ") and says in message
+
+
+@pytest.mark.parametrize("name", [k for k, p in PRESETS.items() if p.hub and p.train])
 def test_unreachable_data_set(hub, name):
     with pytest.raises(DataError) as e: load_questions(Config(data=name))
-    for part in (PRESETS[name].hub, "can neither be reached nor found in the cache", "Couldn't reach", "--data FILE"): assert part in str(e.value)
+    for part in (PRESETS[name].hub, "can neither be reached nor found in the cache", "Couldn't reach", "puts it into", "--data FILE", f"--data {name}:FILE"): assert part in str(e.value)
+    assert "\n" not in str(e.value)
 
 
 # --- real questions
@@ -289,3 +444,14 @@ def test_natural_questions_open():
         split_questions(questions, 500, 500)
     print(f"\n{len(questions)} questions read and split in {time.perf_counter() - start:.2f} s; notes: {data.notes}")
     assert len(questions) == 3610
+
+GSM8K = Path(__file__).resolve().parents[2]/"shared/data/gsm8k/test.jsonl"
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="no ../shared/data/gsm8k beside this checkout: real questions are not in the repository")
+def test_gsm8k_for_real():
+    from stasc.maths import math_equal, number
+    data = load(f"gsm8k:{GSM8K}", 900, 400)
+    check_leak(data.train, data.test)
+    questions = data.train + data.test
+    assert all(number(q.references[0]) is not None and math_equal(f"It is ${q.references[-1]}.", q.references) for q in questions)
+    assert sum(math_equal(a.references[0], b.references) for a, b in zip(questions, questions[1:])) < 60

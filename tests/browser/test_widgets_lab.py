@@ -189,12 +189,11 @@ def test_another_filter_is_counted_and_shown(demo, folder):
     out, f = output(demo, 2), FilterExplorer(STaSC.open(folder / "EIE", callbacks=[]), {"first_wrong": lambda a, b, t: a < t})
     counts = lambda: [[str(n), *(f"{v:,}" for v in r[:6])] for n, r in zip(f.table().index, f.table().itertuples(index=False))]
     for name, pairing, threshold in (("correct", "sampled", "0.5"), ("first_wrong", "crossed", "0.5"), ("all", "crossed", "1"), ("non_decreasing", "sampled", "1")):
-        out.get_by_label("filter", exact=True).select_option(name)
-        out.get_by_label("pairing").select_option(pairing)
-        out.get_by_label("threshold t").fill(threshold)
-        out.get_by_label("threshold t").press("Tab")
-        f.set(filter=name, pairing=pairing, threshold=float(threshold))
-        eventually(counts(), lambda: [r[:7] for r in table(out)])
+        for choice, make in ((dict(filter=name), lambda: out.get_by_label("filter", exact=True).select_option(name)), (dict(pairing=pairing), lambda: out.get_by_label("pairing").select_option(pairing)),
+                             (dict(threshold=float(threshold)), lambda: (out.get_by_label("threshold t").fill(threshold), out.get_by_label("threshold t").press("Tab")))):
+            make()
+            f.set(**choice)
+            eventually(counts(), lambda: [r[:7] for r in table(out)])
     shot(demo, 2, "filters")
     out.get_by_label("examples", exact=True).select_option("kept by this choice")
     out.get_by_label("examples from").select_option("samples of M_1")

@@ -264,6 +264,16 @@ def test_too_long_a_prompt_is_an_error_and_the_next_call_goes_on(qwen2):
     assert len(qwen2.vllm.sample([[5] * 480], 1, GREEDY, [[1]])) == 1 and qwen2.vllm.sample([], 1, GREEDY, []) == []
 
 
+def test_more_prompts_than_a_step_reads(qwen2):
+    "vLLM fails where a prompt with a seed of its own is read in two steps on a CPU; so none is."
+    qwen2.vllm.use(None)
+    params, prompts = SamplingParams(1.0, 1.0, 0, 8), [[3 + (i * 7 + j) % 100 for j in range(300 + i % 150)] for i in range(64)]
+    drawn = qwen2.vllm.sample(prompts, 3, params, seeds_of(prompts, 3))
+    assert [len(row) for row in drawn] == [3] * 64
+    alone = qwen2.vllm.sample(prompts[:1], 3, params, seeds_of(prompts, 3)[:1])
+    assert [s.token_ids for s in alone[0]] == [s.token_ids for s in drawn[0]]
+
+
 def test_an_error_of_vllm_is_one_sentence(qwen2):
     qwen2.vllm.use(None)
     with pytest.raises(SampleError, match="^vLLM failed while it was sampling: index out of range") as e: qwen2.vllm.sample([[5, 9999]], 1, GREEDY, [[1]])
