@@ -7,8 +7,8 @@ __all__ = ['GPUS', 'Plan', 'Config', 'Question', 'Sample', 'SamplingParams', 'St
            'load_questions', 'read_questions', 'FILTERS', 'apply_filter', 'pair', 'Live', 'Iteration', 'STaSC',
            'split_metrics', 'MEASURES', 'by_iteration', 'compare', 'gap', 'kept_correlation', 'measure', 'over_seeds',
            'paper_table', 'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match',
-           'final_answer', 'get_reward', 'in_accuracy', 'judge', 'register', 'token_f1', 'CurveExplorer',
-           'FilterExplorer', 'PromptInspector', 'RewardDebugger']
+           'final_answer', 'get_reward', 'in_accuracy', 'judge', 'register', 'token_f1', 'Sweep', 'sweep',
+           'CurveExplorer', 'FilterExplorer', 'PromptInspector', 'RewardDebugger']
 
 # %% ../nbs/16_all.ipynb #a696204d
 import stasc.view                                   # gives `STaSC` its `browse` and `report`
@@ -21,6 +21,7 @@ from .metrics import MEASURES, by_iteration, compare, gap, kept_correlation, mea
 from .patterns import PATTERNS, TAGS, add_pattern, examples, label, pattern_counts
 from .plan import GPUS, Plan
 from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, register, token_f1
+from .sweep import Sweep, sweep
 from .widgets import CurveExplorer, FilterExplorer, PromptInspector, RewardDebugger
 
 _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "StascError", "Variant", "all_variants", "Data", "load_questions", "read_questions",
@@ -28,4 +29,4 @@ _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "Stas
          "MEASURES", "by_iteration", "compare", "gap", "kept_correlation", "measure", "over_seeds", "paper_table",
          "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
          "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "register", "token_f1",
-         "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]
+         "Sweep", "sweep", "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]

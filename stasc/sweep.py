@@ -24,7 +24,7 @@ def _word(option, value):
     "A value as part of a file name, on every system."
     text = "none" if value is None else str(value)
     word = re.sub(r"[^A-Za-z0-9.+_-]+", "_", text)[:40].rstrip(".")
-    plain = word == text and (option == "variant" or word == word.lower() or isinstance(value, bool))
+    plain = word == text and (option == "variant" or word == word.lower())
     return word if plain else f"{word}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 def trial_name(options: dict,       # option -> value
@@ -160,11 +160,23 @@ class Sweep:
         "The run of a trial as it stands on disk."
         return kind(self.trials[name], self.path/name, callbacks=[], **kw)
 
+    def metrics_of(self, name: str) -> pd.DataFrame:
+        "`STaSC.metrics` of a trial; without rows where there is nothing, or nothing readable."
+        try: return self.run_of(name).metrics
+        except StascError: return pd.DataFrame()
+
+    def _nameless(self, text):
+        "The same text wherever the sweep lies."
+        for path in (str(self.path.resolve()), str(self.path), self.path.as_posix()): text = text.replace(path, self.path.name)
+        return visible(text)
+
     def state(self, name: str) -> tuple[str, str]:      # complete, ended, failed or open; and a sentence
         "How a trial stands."
-        run, error = self.run_of(name), self.path/"errors"/f"{name}.txt"
-        if run.n_done > run.cfg.iterations: return "complete", ""
-        if run.n_done and run.ended: return "ended", run.ended
+        error = self.path/"errors"/f"{name}.txt"
+        try: run = self.run_of(name); done, ended = run.n_done, run.ended
+        except StascError as e: return "failed", self._nameless(str(e))
+        if done > run.cfg.iterations: return "complete", ""
+        if done and ended: return "ended", ended
         return ("failed", error.read_text(encoding="utf-8").strip()) if error.exists() else ("open", "")
 
 # %% ../nbs/14_sweep.ipynb #62a8de88
@@ -176,7 +188,7 @@ def _table(self) -> pd.DataFrame:       # trial, the options that differ, status
     "One row for each trial and iteration."
     tables = []
     for name, cfg in self.trials.items():
-        m = self.run_of(name).metrics.reset_index()
+        m = self.metrics_of(name).reset_index()
         facts = dict(trial=name) | {k: getattr(cfg, k) for k in self.varied} | dict(zip(("status", "said"), self.state(name)))
         tables.append([facts | r for r in m.to_dict("records")] or [facts])
     out = pd.DataFrame([r for t in tables for r in t])
@@ -192,10 +204,11 @@ _SUMMARY = {"initial": lambda t: t.test_acc_t1.iloc[-1], "correction": lambda t:
             "i_to_c": lambda t: t.test_i_to_c.iloc[-1], "c_to_i": lambda t: t.test_c_to_i.iloc[-1]}
 
 def _summary(self, level: float = 0.95,     # of the intervals
+             table: pd.DataFrame|None = None,   # default: `table` as it stands on disk
             ) -> pd.DataFrame:              # the options that differ but the seed; n_seeds; for each measure m the columns m, m_lo, m_hi
     "One row for each setting: means and intervals over the seeds of its trials that are complete or ended."
     by, groups = [k for k in self.varied if k != "seed"], {}
-    table = self.table
+    table = self.table if table is None else table
     done = table[table.status.isin(["complete", "ended"])]
     for name, rows in done.groupby("trial", sort=False): groups.setdefault(tuple(getattr(self.trials[name], k) for k in by), []).append(rows)
     out = []
@@ -239,7 +252,7 @@ class SeedMean:
 
 def _runs(self) -> dict:        # name -> STaSC
     "The run of each trial that has a complete iteration."
-    return {n: STaSC.open(self.path/n, callbacks=[]) for n in self.trials if self.run_of(n).n_done}
+    return {n: STaSC.open(self.path/n, callbacks=[]) for n in self.trials if len(self.metrics_of(n))}
 
 def _means(self) -> dict:       # setting -> SeedMean
     "The mean curve of each setting."
@@ -275,8 +288,9 @@ Sweep._repr_html_ = lambda self: f"<p>{visible(repr(self)).replace('<', '&lt;')}
 
 def _save(self):
     "Write table.csv and summary.csv."
-    for name, table in (("table.csv", self.table), ("summary.csv", self.summary())):
-        with whole(self.path/name) as tmp: tmp.write_text(table.to_csv(index=False, lineterminator="\n"), encoding="utf-8", newline="\n")
+    table = self.table
+    for name, t in (("table.csv", table), ("summary.csv", self.summary(table=table))):
+        with whole(self.path/name) as tmp: tmp.write_text(t.to_csv(index=False, lineterminator="\n"), encoding="utf-8", newline="\n")
 
 Sweep.save = _save
 
@@ -303,12 +317,11 @@ def _do(self, name: str,
 
 def _failed(self, name, sentence):
     "Note why a trial failed."
-    for path in (str(self.path.resolve()), str(self.path), self.path.as_posix()): sentence = sentence.replace(path, self.path.name)     # the same wherever it runs
-    with whole(self.path/"errors"/f"{name}.txt") as tmp: tmp.write_text(visible(sentence) + "\n", encoding="utf-8", newline="\n")
+    with whole(self.path/"errors"/f"{name}.txt") as tmp: tmp.write_text(self._nameless(sentence) + "\n", encoding="utf-8", newline="\n")
 
 def _line(self, name):
     status, said = self.state(name)
-    m = self.run_of(name).metrics
+    m = self.metrics_of(name)
     curve = "" if m.empty else f"M_{m.index[-1]}  " + "  ".join(f"{k} {m[c].iloc[0]:.3f} to {m[c].iloc[-1]:.3f}" for k, c in (("test r(Y1)", "test_acc_t1"), ("r(Y2)", "test_acc_t2")))
     return f"{name}: {curve if status == 'complete' else f'{status}, {said}' if said else status}"
 
@@ -340,24 +353,34 @@ def _in_processes(self, names, workers, *args):     # yields lines as trials end
     "Run trials in local processes."
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
-    left, fell = list(names), {}
+    left, suspects = list(names), []
     while left:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (self.path, self.trials, *args))
+        size = 1 if suspects else workers
+        pool = ProcessPoolExecutor(size, multiprocessing.get_context("spawn"), _begin_worker, (self.path, self.trials, *args))
+        queue, running = iter(suspects[:1] or list(left)), {}
         try:
-            queue, running = iter(list(left)), {}
             while True:
-                running |= {pool.submit(_work, n): n for n in itertools.islice(queue, workers - len(running))}     # no more than can run
+                for n in itertools.islice(queue, size - len(running)): running[pool.submit(_work, n)] = n        # no more than can run
                 if not running: break
                 for f in wait(running, return_when=FIRST_COMPLETED).done:
                     line = f.result()
-                    left.remove(running.pop(f)); yield line
+                    left.remove(running.pop(f))
+                    yield line
+            suspects = suspects[1:]
         except BrokenProcessPool:
-            for n in running.values():
-                fell[n] = fell.get(n, 0) + 1
-                if fell[n] == 2 and n in left: left.remove(n); self.failed(n, "its process was killed, twice; did the computer run out of memory?"); yield self.line(n)
+            if suspects: left.remove(n := suspects.pop(0)); self.failed(n, "its process was killed, twice; did the computer run out of memory?"); yield self.line(n)
+            else: suspects = [n for n in running.values() if n in left] or left[:1]
         finally: pool.shutdown(wait=True, cancel_futures=True)
 
 Sweep._in_processes = _in_processes
+
+# %% ../nbs/14_sweep.ipynb #c55594c0
+def _importable(*functions):
+    "Refuse what a fresh process could not find."
+    for f in functions:
+        where = getattr(f, "__module__", None)
+        if f is not None and (where is None or "<" in getattr(f, "__qualname__", "<") or where == "__main__" and not hasattr(sys.modules["__main__"], "__file__")):
+            raise ConfigError(f"workers: {getattr(f, '__name__', f)} cannot be found by another process; define it in a module (a .py file), or take workers=1")
 
 # %% ../nbs/14_sweep.ipynb #27f97064
 def _together(out, trials, data):
@@ -393,6 +416,7 @@ def sweep(grid: dict|list|None = None,      # option -> value or values, or a li
          ) -> Sweep:
     "Run each trial of a grid that is not done yet."
     if not (isinstance(workers, int) and workers > 0): raise ConfigError(f"workers = {workers!r}: expected a whole number of at least 1")
+    if workers > 1: _importable(reward, engine)
     out, trials = Path(out), trials_of(grid, base) if grid is not None else {}
     if reward: trials = {n: c.replace(reward=reward_name(reward)) for n, c in trials.items()}
     with _locked(out):
