@@ -152,7 +152,7 @@ class Config:
     sample_batch: int = opt(64, "texts decoded together", 1, free=True)
     sampler: str = opt("hf", "what draws the texts: transformers, or vLLM (extra vllm)", choices=("hf", "vllm"))
     # model and fine-tuning
-    model: str = opt("embedded", "embedded, a Hugging Face Hub id or a local folder")
+    model: str = opt("embedded", "embedded (additions), embedded-facts, a Hugging Face Hub id or a local folder")
     finetune: str = opt("lora", "what is trained", choices=("lora", "qlora", "full"))
     lora_r: int = opt(16, "rank of the adapter", 1, 4096)
     lora_alpha: int = opt(32, "scale of the adapter", 1, 65536)
@@ -278,11 +278,15 @@ def _released_code(cls, model: str = "Qwen/Qwen2.5-1.5B-Instruct", **changes) ->
     return cls.paper(model, **dict(non_decreasing="stable", pairing="crossed", train_prompt="no_examples", scope="full") | changes)
 
 # %% ../nbs/00_core.ipynb #3c779c7f
-def _demo(cls, **changes) -> "Config":
-    "The embedded model on three-digit addition, five iterations on a CPU."
+def _demo(cls,
+          task: str = "arithmetic",     # arithmetic or facts
+          **changes) -> "Config":
+    "An embedded model on its own task, five iterations on a CPU."
     base = dict(model="embedded", data="arithmetic", shots=0, reward="exact_match", iterations=5,
                 n_init=2, n_corr=4, n_train=400, n_test=300, temperature=0.7, top_p=1.0, max_new_tokens=64,
                 sample_batch=512, learning_rate=5e-4, train_batch=16, part_size=200)
+    if task == "facts": base |= dict(model="embedded-facts", data="facts", n_train=528, n_test=528, n_test_init=4, max_new_tokens=32, learning_rate=7e-4)
+    elif task != "arithmetic": raise ConfigError(unknown("demo task", task, ("arithmetic", "facts")))
     if changes.get("finetune") == "full": base["learning_rate"] = 1e-4
     return cls.from_dict(base | changes)
 

@@ -274,6 +274,10 @@ def _arithmetic(split: str, n: int) -> list[Question]:
     from stasc.arithmetic import arithmetic_questions
     return arithmetic_questions(split, n, seed=0)
 
+def _facts(split: str, n: int) -> list[Question]:
+    from stasc.facts import fact_questions
+    return fact_questions(split, n)
+
 # %% ../nbs/02_data.ipynb #db131af1
 PRESETS = dict(
     nq=Preset("VityaVitalich/adaptive_rag_natural_questions", question="question_text", reference="reference"),
@@ -291,7 +295,7 @@ PRESETS = dict(
                 revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c", task="code"),
     humaneval=Preset("openai/openai_humaneval", None, "question", "answer", train=None, row=_humaneval, columns=("task_id", "prompt", "test", "entry_point"),
                      revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", task="code"),
-    arithmetic=Preset(make=_arithmetic, task="arithmetic"))
+    arithmetic=Preset(make=_arithmetic, task="arithmetic"), facts=Preset(make=_facts, task="facts"))
 
 PRESETS["hotpot_qa_context"] = dataclasses.replace(PRESETS["hotpot_qa"], row=_hotpot_context, columns=("id", "question", "answer", "context"))
 

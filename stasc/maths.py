@@ -37,7 +37,6 @@ def number(text: str            # an answer
     except (ValueError, ZeroDivisionError): return None
 
 # %% ../nbs/01b_maths.ipynb #094c7171
-@register
 def math_equal(prediction: str,     # answer
                references,          # accepted answers
               ) -> float:           # 1.0 or 0.0
@@ -47,6 +46,8 @@ def math_equal(prediction: str,     # answer
     return float(any(_same(value, number(r)) or form == (f := _plain(r).replace(" ", "")) and f != "" for r in references))
 
 def _same(a, b) -> bool: return a is not None and b is not None and abs(a - b) <= abs(b) / 1_000_000
+
+if __name__ != "__main__": register(math_equal)         # the module's, not the notebook's
 
 # %% ../nbs/01b_maths.ipynb #2159c3e5
 def math_answer(text: str) -> str|None:

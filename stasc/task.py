@@ -31,7 +31,8 @@ TASKS = {t.name: t for t in (
     Task("summary", "a summary in one sentence; the reward is graded", "summary", "rouge_l", dict(threshold=0.3)),
     Task("math", "a number or a short expression", "math", "math_equal", dict(max_new_tokens=512)),
     Task("code", "a Python program that has to pass tests", "code", "run_tests", dict(max_new_tokens=512)),
-    Task("arithmetic", "three-digit addition, for the embedded model", "arithmetic", "in_accuracy"))}
+    Task("arithmetic", "three-digit addition, for the embedded model", "arithmetic", "in_accuracy"),
+    Task("facts", "fictional persons and places, for the second embedded model", "facts", "exact_match"))}
 
 # %% ../nbs/02b_task.ipynb #c03c39df
 def task_of(cfg: Config) -> Task:

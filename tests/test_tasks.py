@@ -57,7 +57,7 @@ def test_math_verify_says_what_is_missing():
 
 # --- prompt sets
 
-@pytest.mark.parametrize("name", sorted({t.prompts for t in TASKS.values()} - {"arithmetic"}))
+@pytest.mark.parametrize("name", sorted({t.prompts for t in TASKS.values()} - {"arithmetic", "facts"}))      # these two need no examples
 def test_examples_earn_what_they_should(name):
     ps, task = prompt_set(name), next(t for t in TASKS.values() if t.prompts == name)
     assert len(ps.examples) == 2 and all("Final Answer:" in p["system"] for p in (ps.initial, ps.correction))
@@ -72,7 +72,7 @@ def test_examples_earn_what_they_should(name):
 def test_prompts_hold_the_question_the_passage_and_the_answer(name):
     ps, q = prompt_set(name), Question("q", "THE {context} QUESTION", ("r",), "THE PASSAGE")
     texts = ["\n".join(m["content"] for m in ms) for ms in (initial_messages(ps, q), correction_messages(ps, q, "THE ANSWER"))]
-    assert all("THE {context} QUESTION" in t and ("THE PASSAGE" in t or name in ("summary", "arithmetic")) for t in texts) and "THE ANSWER" in texts[1]
+    assert all("THE {context} QUESTION" in t and ("THE PASSAGE" in t or name in ("summary", "arithmetic", "facts")) for t in texts) and "THE ANSWER" in texts[1]
     assert not re.search(r"\{(examples|context|question|initial_answer)\}", "".join(texts).replace("THE {context}", ""))
     assert texts[1].count("Correction:") == len(ps.examples) and correction_messages(ps, q, "A", shots=0)[-1]["content"].count("Correction:") == 0
 
