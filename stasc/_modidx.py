@@ -663,6 +663,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                             'stasc.star._hinted': ('star.html#_hinted', 'stasc/star.py'),
                             'stasc.star._measure': ('star.html#_measure', 'stasc/star.py'),
                             'stasc.star._mended': ('star.html#_mended', 'stasc/star.py'),
+                            'stasc.star._rewards': ('star.html#_rewards', 'stasc/star.py'),
                             'stasc.star._say': ('star.html#_say', 'stasc/star.py'),
                             'stasc.star._settings': ('star.html#_settings', 'stasc/star.py'),
                             'stasc.star._table': ('star.html#_table', 'stasc/star.py'),

@@ -9,11 +9,12 @@ __all__ = ['GPUS', 'Plan', 'Config', 'Question', 'Sample', 'SamplingParams', 'St
            'MEASURES', 'by_iteration', 'compare', 'gap', 'kept_correlation', 'measure', 'over_seeds', 'paper_table',
            'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match', 'final_answer',
            'get_reward', 'in_accuracy', 'judge', 'math_equal', 'multiple_choice', 'register', 'rouge_l', 'token_f1',
-           'yes_no', 'Sweep', 'sweep', 'TASKS', 'configure', 'reward_of', 'task_of', 'CurveExplorer', 'FilterExplorer',
-           'PromptInspector', 'RewardDebugger']
+           'yes_no', 'baselines', 'baselines_of', 'STaR', 'sc', 'Sweep', 'sweep', 'TASKS', 'configure', 'reward_of',
+           'task_of', 'CurveExplorer', 'FilterExplorer', 'PromptInspector', 'RewardDebugger']
 
 # %% ../nbs/16_all.ipynb #a696204d
 import stasc.view                                   # gives `STaSC` its `browse` and `report`
+from .baseline import baselines, baselines_of
 from .core import Config, Question, Sample, SamplingParams, StascError, Variant, all_variants
 from .data import Data, load_questions, read_questions
 from .facts import by_couple, fact_error, fact_questions, make_world, question_kind, reasons
@@ -25,6 +26,7 @@ from .patterns import PATTERNS, TAGS, add_pattern, examples, label, pattern_coun
 from .plan import GPUS, Plan
 from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, multiple_choice, register, rouge_l, token_f1, yes_no
 from .maths import math_equal
+from .star import STaR, sc
 from .sweep import Sweep, sweep
 from .task import TASKS, configure, reward_of, task_of
 from .widgets import CurveExplorer, FilterExplorer, PromptInspector, RewardDebugger
@@ -35,5 +37,5 @@ _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "Stas
          "MEASURES", "by_iteration", "compare", "gap", "kept_correlation", "measure", "over_seeds", "paper_table",
          "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
          "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "math_equal", "multiple_choice", "register", "rouge_l", "token_f1", "yes_no",
-         "Sweep", "sweep", "TASKS", "configure", "reward_of", "task_of",
+         "baselines", "baselines_of", "STaR", "sc", "Sweep", "sweep", "TASKS", "configure", "reward_of", "task_of",
          "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]

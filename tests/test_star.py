@@ -155,8 +155,8 @@ def test_fields_in_texts_are_not_filled_again(text, rationale):
 
 @pytest.mark.parametrize("name", sorted(HINTS))
 def test_every_packaged_prompt_set_has_a_hint_that_tells_the_answer(name):
-    said = hinted_messages(prompt_set(name), Question("x", "What is it?", ("forty",)), "Final Answer: two", HINTS[name])
-    assert "forty" in said[-1]["content"] and "What is it?" in said[-1]["content"] and "two" not in said[-1]["content"]
+    said = hinted_messages(prompt_set(name), Question("x", "What is it?", ("forty",)), "Final Answer: seventeen", HINTS[name])
+    assert "forty" in said[-1]["content"] and "What is it?" in said[-1]["content"] and "seventeen" not in said[-1]["content"]
 
 
 def test_a_prompt_set_of_ones_own_gets_the_general_hint(tmp_path):
