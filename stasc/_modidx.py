@@ -146,6 +146,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                             'stasc.data.split_questions': ('data.html#split_questions', 'stasc/data.py')},
             'stasc.embedded': { 'stasc.embedded.attempt_example': ('embedded.html#attempt_example', 'stasc/embedded.py'),
                                 'stasc.embedded.blank_model': ('embedded.html#blank_model', 'stasc/embedded.py'),
+                                'stasc.embedded.descend': ('embedded.html#descend', 'stasc/embedded.py'),
                                 'stasc.embedded.drill_example': ('embedded.html#drill_example', 'stasc/embedded.py'),
                                 'stasc.embedded.embedded_messages': ('embedded.html#embedded_messages', 'stasc/embedded.py'),
                                 'stasc.embedded.encode': ('embedded.html#encode', 'stasc/embedded.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAT_TEMPLATE', 'ERROR_KINDS', 'embedded_messages', 'train_tokenizer', 'tokenizer_texts', 'blank_model',
-           'attempt_example', 'drill_example', 'pretrain_example', 'encode', 'pretrain', 'sample_answers', 'measure',
-           'save_embedded']
+           'attempt_example', 'drill_example', 'pretrain_example', 'encode', 'pretrain', 'descend', 'sample_answers',
+           'measure', 'save_embedded']
 
 # %% ../nbs/07a_embedded.ipynb #9b20a9a1
 import functools, math, random
@@ -128,15 +128,20 @@ def pretrain(model, tokenizer,
              **mixture,                     # p_drill, p_forget, ...: see `pretrain_example` and `attempt_example`
             ):                              # yields (step, loss)
     "Train `model` in place on the noisy mixture."
-    import torch
     rng = random.Random(seed)
+    draw = lambda: collate(encode(tokenizer, [pretrain_example(rng, **mixture) for _ in range(batch_size)]), tokenizer.pad_token_id)
+    return descend(model, draw, steps, schedule, lr, warmup)
+
+def descend(model, draw,        # draw() -> a batch with labels
+            steps: int, schedule: int, lr: float, warmup: int):     # as for `pretrain`; yields (step, loss)
+    "Take optimizer steps on batches as they are drawn."
+    import torch
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, step / warmup) * (1 + math.cos(math.pi * (step - 1) / schedule)) / 2
         model.train()
-        batch = encode(tokenizer, [pretrain_example(rng, **mixture) for _ in range(batch_size)])
-        loss = model(**collate(batch, tokenizer.pad_token_id)).loss
+        loss = model(**draw()).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()

@@ -7,9 +7,9 @@ __all__ = ['facts_tokenizer', 'facts_blank_model', 'facts_messages', 'facts_text
            'pretrain_text', 'pretrain_batch', 'pretrain_facts', 'measure_facts', 'gold_logprob', 'fact_logprob']
 
 # %% ../nbs/07c_facts_model.ipynb #4d79f64d
-import functools, math, random
+import functools, random
 from .core import Question
-from .embedded import blank_model, sample_answers, save_embedded, train_tokenizer
+from .embedded import blank_model, descend, sample_answers, save_embedded, train_tokenizer
 from .facts import (KINDS, PERSONAL, QUESTIONS, SHARED, World, by_couple, fact_error, fact_question, fact_questions, make_world, reasons, sentence,
                          walk, write_answer)
 from .prompt import correction_messages, initial_messages, prompt_set, render_text
@@ -112,17 +112,9 @@ def pretrain_facts(model, tokenizer, world: World,
                    **mixture,                   # p_statements, p_account, p_direct, ...: see `pretrain_text`
                   ):                            # yields (step, loss)
     "Train `model` in place on what is told of a world."
-    import torch
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01)
-    for step in range(1, steps + 1):
-        for group in optimizer.param_groups: group["lr"] = lr * min(1, step / warmup) * (1 + math.cos(math.pi * (step - 1) / schedule)) / 2
-        model.train()
-        loss = model(**pretrain_batch(tokenizer, [pretrain_text(tokenizer, world, rng, **mixture) for _ in range(batch_size)])).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimizer.step(); optimizer.zero_grad()
-        yield step, loss.item()
+    draw = lambda: pretrain_batch(tokenizer, [pretrain_text(tokenizer, world, rng, **mixture) for _ in range(batch_size)])
+    return descend(model, draw, steps, schedule, lr, warmup)
 
 # %% ../nbs/07c_facts_model.ipynb #11006e49
 def measure_facts(model, tokenizer, world: World,
