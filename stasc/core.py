@@ -140,6 +140,7 @@ class Config:
     task: str = opt("auto", "what kind of questions: prompts and reward that go together, e.g. qa, yes_no, math; auto: what data says")
     reward: str = opt("auto", "name of a registered reward; auto: the task's")
     scope: str = opt("final", "judge the final answer alone or the full text", choices=("final", "full"))
+    bad_reward: str = opt("raise", "a reward that fails on an answer or gives no number in [0, 1]: stop, or count the answer as 0", choices=("raise", "skip"), free=True)
     label_free: str = opt("off", "what questions without references are judged by: the text's confidence, or agreement of the answers", choices=("off", "confidence", "agreement"))
     prompts: str = opt("auto", "prompt set: a packaged name or a YAML file; auto: the task's")
     run_code: bool = opt(False, "allow a reward to run programs that the model wrote, on this machine (see stasc.runner)")

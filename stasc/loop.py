@@ -6,13 +6,13 @@
 __all__ = ['split_metrics', 'Iteration', 'Progress', 'STaSC', 'default_out']
 
 # %% ../nbs/09_loop.ipynb #c5829c36
-import contextlib, dataclasses, hashlib, html, json, shutil, sys, time
+import contextlib, dataclasses, hashlib, html, json, shutil, sys, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from .core import Config, ConfigError, DataError, Question, StoreError, Variant, derive_seed, visible
+from .core import Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, derive_seed, visible
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
 from .label_free import check_label_free, label_free_reward, majority_answer
@@ -113,9 +113,9 @@ class STaSC:
     def open(cls, path: str|Path, **kw) -> "STaSC":
         "The run in a directory, with the settings and questions that are stored there."
         there = RunDir(path).config()
-        if there is None: raise StoreError(f"{path} is not a run directory: it has no config.json")
+        if there is None: raise StoreError(f"{path} is not a run directory: it has no config.json (if it was lost, run with the settings of before and out = this directory: it is written again)")
         cfg = Config.from_dict(there["config"], where=str(Path(path)/"config.json"))
-        run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path)), **kw)
+        run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path), there.get("data_fingerprint")), **kw)
         if there.get("prompts"): run._prompts = PromptSet(**there["prompts"] | dict(examples=tuple(there["prompts"]["examples"])))
         return run
 
@@ -147,13 +147,17 @@ def _store_questions(run):
             for s in ("train", "test") for q in getattr(run.data, s)]
     run.dir.write_json("questions.json", rows)
 
-def _stored_questions(path):
+def _stored_questions(path, fingerprint=None):
     f = path/"questions.json"
     if not f.exists(): return None
-    rows = read_json(f, "put the questions' file back in its place and run with it again")
+    rows = read_json(f, _AGAIN)
     of = lambda s: [Question(r["id"], r["text"], tuple(r["references"]), r["context"]) for r in rows if r["split"] == s]
-    try: return Data(of("train"), of("test"))
-    except (KeyError, TypeError): raise StoreError(f"{f} does not hold questions; put the questions' file back in its place and run with it again") from None
+    try: data = Data(of("train"), of("test"))
+    except (KeyError, TypeError): raise StoreError(f"{f} does not hold questions; {_AGAIN}") from None
+    if fingerprint and fingerprint.split()[-1] != data.fingerprint: raise StoreError(f"{f} does not hold the questions of this run; {_AGAIN}")
+    return data
+
+_AGAIN = "delete it and give the run its questions again, as data or in the place that its configuration names: then it is written again"
 
 # %% ../nbs/09_loop.ipynb #6be71083
 def _data_(self) -> Data:
@@ -197,6 +201,7 @@ def _parts(self, n, phase, questions):
     for part, a in enumerate(range(0, len(questions), size)):
         if not self.dir.done(part_name(n, phase, part)):
             began = began or time.perf_counter()
+            self._where, self._bad = f"M_{n}, {phase}", []
             self._call("on_phase", n, phase, a, len(questions))
             self.engine.use(self._model_folder(n))                  # for each part: a callback may have asked another model
             yield part, questions[a:a + size]
@@ -226,19 +231,30 @@ def _store(self, *args):
     "Write a table in the background, after the one before it."
     self._settle()
     if self._writer is None: self._writer = ThreadPoolExecutor(1, "stasc-write")
-    self._pending = self._writer.submit(self.dir.write, *args)
+    if self._bad: warnings.warn(f"{len(self._bad)} answers could not be judged and count as 0; the first: {self._bad[0]}", stacklevel=2)
+    self._pending = self._writer.submit(self.dir.write, *args, **dict(bad=len(self._bad)) if self._bad else {})
 
 def _settle(self):
     "Wait for the table that is being written; what went wrong with it is raised here."
     pending, self._pending = self._pending, None
     if pending is not None: pending.result()
 
-STaSC._draw, STaSC._store, STaSC._settle, STaSC._writer, STaSC._pending = _draw, _store, _settle, None, None
+STaSC._draw, STaSC._store, STaSC._settle, STaSC._writer, STaSC._pending, STaSC._bad = _draw, _store, _settle, None, None, ()
 
 # %% ../nbs/09_loop.ipynb #18778c6c
-def _answer_columns(self, which, question, sample, index, agreed=None):
-    if question.references or self.cfg.label_free == "off": answer, reward = judge(sample.text, question.references, self.reward, self.cfg.scope)
-    else: reward = label_free_reward(self.cfg.label_free, answer := self._extract(sample.text), sample.logprob, agreed)
+def _judged(self, question, sample, agreed):
+    "The final answer of a text, and its reward."
+    if question.references or self.cfg.label_free == "off": return judge(sample.text, question.references, self.reward, self.cfg.scope)
+    return (answer := self._extract(sample.text)), label_free_reward(self.cfg.label_free, answer, sample.logprob, agreed)
+
+def _answer_columns(self, which, question, sample, index, agreed=None, of=None):
+    try: answer, reward = self._judged(question, sample, agreed)
+    except RewardError as e:
+        bad = f"{self._where}, question {question.id!r}, {f'initial answer {index}' if of is None else f'correction {index} of initial answer {of}'}: {e}"
+        if self.cfg.bad_reward == "raise": raise RewardError(f"{bad}; mend the reward, or count such answers as 0 with bad_reward = 'skip', and resume the run") from e
+        self._bad.append(bad)
+        answer, reward = None, 0.0
+        with contextlib.suppress(Exception): answer = self._extract(sample.text)
     s = sample
     values = dict(index=index, text=s.text, answer=answer, reward=reward, token_ids=list(s.token_ids), n_tokens=s.n_tokens,
                   finish_reason=s.finish_reason, seed=s.seed, logprob=s.logprob)
@@ -261,7 +277,7 @@ def _draw_initial(self, n, phase, questions, count):
                 for q, samples, a in zip(qs, drawn, agreed) for j, s in enumerate(samples)]
         self._store(part_name(n, phase, part), rows, "initial")
 
-STaSC._answer_columns, STaSC._extract, STaSC._agreed, STaSC._draw_initial = _answer_columns, _extract, _agreed, _draw_initial
+STaSC._judged, STaSC._answer_columns, STaSC._extract, STaSC._agreed, STaSC._draw_initial = _judged, _answer_columns, _extract, _agreed, _draw_initial
 
 # %% ../nbs/09_loop.ipynb #15e1907c
 def _draw_corrections(self, n, phase, questions, count):
@@ -274,7 +290,7 @@ def _draw_corrections(self, n, phase, questions, count):
         seeds = [[derive_seed(self.cfg.seed, n, phase, q.id, j, k) for k in range(count)] for q, j, _ in asked]
         drawn = self._draw(self._correction_prompts([(q, text) for q, _, text in asked]), count, seeds)
         agreed = {q.id: self._agreed(q, [text for _, text in texts[q.id]]) for q in qs}
-        rows = [dict(iteration=n, split=split, question_id=q.id, init_index=j) | self._answer_columns("corr", q, s, k, agreed[q.id])
+        rows = [dict(iteration=n, split=split, question_id=q.id, init_index=j) | self._answer_columns("corr", q, s, k, agreed[q.id], j)
                 for (q, j, _), samples in zip(asked, drawn) for k, s in enumerate(samples)]
         self._store(part_name(n, phase, part), rows, "corrections")
 
@@ -331,14 +347,19 @@ def _fit(self, n) -> bool:      # False where nothing was kept
     if not self.dir.done(kept_name): self.dir.write(kept_name, kept[_KEPT].to_dict("records"), "kept")
     if kept.empty: return False
     self._call("on_phase", n, "train", 0, len(kept))
-    start = self._model_folder(n - 1) if self.variant.evolving_finetune else None
+    start = self._start(n) if self.variant.evolving_finetune else None
     with self.dir.folder(name) as out: report = self.engine.train(self._examples(kept), start, out, self.cfg, derive_seed(self.cfg.seed, n, "train") % 2**31)
     report["model_seconds"] = round(report.pop("seconds"), 3)
     self.dir.log(iteration=n, phase="train", seconds=round(time.perf_counter() - began, 3), **report)
     self._call("on_phase", n, "train", len(kept), len(kept))
     return True
 
-STaSC._fit = _fit
+def _start(self, n):
+    "Where fine-tuning begins: M_{n-1}, made again from the one before where its folder is gone."
+    if n > 1 and not (self.dir/f"iter_{n - 1:02d}/{self._kind}").exists(): self._fit(n - 1)
+    return self._model_folder(n - 1)
+
+STaSC._fit, STaSC._start = _fit, _start
 
 # %% ../nbs/09_loop.ipynb #e1d17c86
 _KEPT = ["question_id", "init_index", "corr_init_index", "corr_index", "init_reward", "corr_reward"]
@@ -362,18 +383,19 @@ def _step(self) -> Iteration|None:
 
 def _make(self, n):
     try:
-        if not self.dir.manifest: _store_questions(self)
         self._load(n)
         if n and not self._fit(n): self._call("on_run_end"); return None
         self._say(n)
         began = time.perf_counter()
-        self.dir.write_json(f"iter_{n:02d}/metrics.json", self._measure(n))
-        self._prune(n)
+        metrics = self._measure(n)
+        self._prune(n)                                              # before the iteration counts as complete: a kill between the two is made good
+        self.dir.write_json(f"iter_{n:02d}/metrics.json", metrics)
+        if self.n_done <= n: raise StoreError(f"{self.dir/'manifest.jsonl'} is not what iteration {n} made ({min(self._astray(n))}); delete the lines with that name and resume the run")
         it = self[n]
         self.dir.log(iteration=n, phase="metrics", seconds=round(time.perf_counter() - began, 3), model_seconds=0.)
+        self._call("on_iteration", it)
+        if n == self.cfg.iterations: self._call("on_run_end")
     except BaseException: self._call("on_stop"); raise
-    self._call("on_iteration", it)
-    if n == self.cfg.iterations: self._call("on_run_end")
     return it
 
 def _load(self, n):
@@ -388,13 +410,17 @@ def _load(self, n):
 def _writing(self):
     "Hold the run directory against other writers."
     self.reward                                                     # an unknown one is refused before anything is written
-    self.dir.open(self.cfg, self.data.fingerprint, json.loads(json.dumps(dataclasses.asdict(self.prompts))))
-    try: yield
+    held = self.dir._depth
+    try:
+        self.dir.open(self.cfg, self.data.fingerprint, json.loads(json.dumps(dataclasses.asdict(self.prompts))))
+        if not (self.dir.manifest and (self.dir/"questions.json").exists()): _store_questions(self)
+        yield
     finally:
         try: self._settle()                                         # a part that was drawn is not lost to an interruption
         finally:
-            if self._writer is not None: self._writer.shutdown(); self._writer = None
-            self.dir.close()
+            try:
+                if self._writer is not None: self._writer.shutdown(); self._writer = None
+            finally: self.dir.close(held)
 
 STaSC.step, STaSC._make, STaSC._load, STaSC._writing = _step, _make, _load, _writing
 
@@ -426,13 +452,13 @@ def _run(self,
 
 def _n_done(self) -> int:
     "How many iterations are complete, M_0 included."
-    n, files = 0, {}
-    for name in list(self.dir.manifest): files.setdefault(name.split("/")[0], []).append(name)
-    there = lambda name: name.endswith("/model") or (self.dir/name).exists()        # a full model may have been pruned
-    while (self.dir/f"iter_{n:02d}"/"metrics.json").exists() and all(map(there, files.get(f"iter_{n:02d}", []))): n += 1
+    n = 0
+    while (self.dir/f"iter_{n:02d}"/"metrics.json").exists() and not self._astray(n): n += 1
     return n
 
-STaSC.__iter__, STaSC.run, STaSC.n_done = _iter, _run, property(_n_done)
+def _astray(self, n): return {name for name in self.dir.astray(n) if not name.endswith("/model")}     # a full model may have been pruned
+
+STaSC.__iter__, STaSC.run, STaSC.n_done, STaSC._astray = _iter, _run, property(_n_done), _astray
 
 # %% ../nbs/09_loop.ipynb #af1926c2
 def _measure(self, n) -> dict:
@@ -444,6 +470,8 @@ def _measure(self, n) -> dict:
     if n and not self.variant.evolving_init:
         t = self.dir.table(n, "transfer.test", token_ids=False)
         out["transfer"] = dict(n=len(t), acc_t1=float(t.init_reward.mean()))
+    bad = {s: sum(e.get("bad", 0) for name, e in self.dir.manifest.items() if name.startswith(f"iter_{n:02d}/") and name.split("/")[1].endswith(s)) for s in ("train", "test")}
+    if any(bad.values()): out["bad_rewards"] = bad
     if self.cfg.label_free != "off": out["label_free"] = {s: sum(not q.references for q in getattr(self.data, s)) for s in ("train", "test")}
     return out
 
@@ -482,7 +510,8 @@ def _metrics(self) -> pd.DataFrame:
     "One row for each complete iteration."
     flat = lambda d: {(f"{k}_{k2}" if isinstance(v, dict) else k): v2 for k, v in d.items() for k2, v2 in (v.items() if isinstance(v, dict) else [(k, v)])}
     rows = [flat(self._read_metrics(n)) for n in range(self.n_done)]
-    return pd.DataFrame(rows).set_index("iteration") if rows else pd.DataFrame()
+    out = pd.DataFrame(rows).set_index("iteration") if rows else pd.DataFrame()
+    return out.fillna({c: 0 for c in out if c.startswith("bad_rewards_")})
 
 def _trajectories(self) -> pd.DataFrame:
     "One row for each (iteration, split, question, j, k), without token ids."
@@ -557,6 +586,7 @@ def _evaluate(self, questions: list[Question],
     "Answer and correct questions with the model of an iteration; nothing is stored."
     if not self.n_done: raise StoreError(f"{self.dir.path} has no complete iteration yet: run it first")
     n, e, params = self[iteration].n, self.engine, self.cfg.params
+    self._where, self._bad = f"M_{n}, evaluate", []
     e.use(self._model_folder(n) if self.variant.evolving_init else None)
     seeds = lambda phase: [[derive_seed(seed, n, f"evaluate.{phase}", q.id, 0, 0)] for q in questions]
     first = [s[0] for s in e.sample([self.prompter.initial(q) for q in questions], 1, params, seeds("initial"))]

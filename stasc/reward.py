@@ -180,7 +180,9 @@ def judge(text: str,                # generated text
     "The final answer of a text and the reward it earns."
     if scope not in ("final", "full"): raise RewardError(unknown("scope", scope, ("final", "full")))
     reward = get_reward(reward)
-    answer = getattr(reward, "extract", final_answer)(text)
+    try: answer = getattr(reward, "extract", final_answer)(text)
+    except RewardError: raise
+    except Exception as e: raise RewardError(f"reward {reward_name(reward)} failed to extract the answer of {text if len(text) <= 80 else text[:79] + '…'!r}: {type(e).__name__}: {e}") from e
     judged = text if scope == "full" else answer
     return answer, 0.0 if judged is None else _checked(reward, judged, references)
 

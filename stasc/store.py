@@ -103,7 +103,7 @@ def _digest(path):
 class RunDir:
     "The directory of one run."
     def __init__(self, path: str|Path):
-        self.path, self.manifest, self._lock, self._depth = Path(path), {}, None, 0
+        self.path, self.manifest, self._lock, self._depth, self._mark = Path(path), {}, None, 0, None
         self._read_manifest()
 
     def __truediv__(self, name): return self.path/name
@@ -114,12 +114,21 @@ class RunDir:
             if not (self/"manifest.jsonl").exists(): return
             lines = (self/"manifest.jsonl").read_bytes().splitlines(keepends=True)
         for i, line in enumerate(lines):
-            try: entry = json.loads(line); self.manifest[entry["name"]] = entry
-            except (ValueError, KeyError, TypeError):
+            try: entry = _entry(line); self.manifest[entry["name"]] = entry
+            except (ValueError, KeyError, TypeError, AttributeError):
                 if i + 1 < len(lines): raise StoreError(f"{self/'manifest.jsonl'}, line {i + 1} is damaged; delete that line and resume the run to make its file again") from None
                 break
             if not line.endswith(b"\n"): del self.manifest[entry["name"]]; break
             self._good += len(line)
+
+def _check(entry): return hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:8]
+
+def _entry(line):
+    "What a line of the manifest says, its own checksum compared; lines of older versions have none."
+    entry = json.loads(line)
+    check = entry.pop("check", None)
+    if check not in (None, _check(entry)): raise ValueError("its checksum is another")
+    return entry
 
 # %% ../nbs/08_store.ipynb #5732894a
 def _open(self, cfg: Config,
@@ -129,7 +138,8 @@ def _open(self, cfg: Config,
     "Open for writing: take the lock, clear away what a killed run left half-written, check that this is the same run."
     self._take_lock()
     try:
-        if self.config() is None and (own := [f.name for f in self.path.iterdir() if f.name not in (".lock", ".tmp-config.json")]):
+        own = [f.name for f in self.path.iterdir() if f.name not in (".lock", ".tmp-config.json")]
+        if self.config() is None and own and not any("settings" in e for e in self.manifest.values()):
             raise StoreError(f"{self.path} holds other files ({own[0]}) and no run; choose a new or an empty directory")
         for pattern in (".tmp-*", "iter_*/.tmp-*", "iter_*/*/.tmp-*"):
             for tmp in self.path.glob(pattern): _remove(tmp)
@@ -137,6 +147,7 @@ def _open(self, cfg: Config,
         if (self/"manifest.jsonl").exists():
             with _said(self/"manifest.jsonl"): os.truncate(self/"manifest.jsonl", self._good)
         self.check_same(cfg, fingerprint, prompts)
+        self._mark_settings(cfg, fingerprint, prompts)
         new = dict(config=cfg.to_dict(), prompts=prompts, data_fingerprint=fingerprint, versions=(self.config() or {}).get("versions") or _versions())
         if new != self.config(): self.write_json("config.json", new)
     except BaseException: self.close(); raise
@@ -159,9 +170,9 @@ def _take_lock(self):
         if not isinstance(e, filelock.Timeout): raise StoreError(f"{self.path} cannot be locked: {getattr(e, 'strerror', None) or e}") from e
         raise StoreError(f"run directory {self.path} is in use by another process; wait for it to end, or choose another directory") from None
 
-def _close(self):
-    "Let go of the lock, once for each `open`."
-    self._depth = max(0, self._depth - 1)
+def _close(self, depth: int|None = None):
+    "Let go of the lock, once for each `open`; or whatever was opened beyond a depth."
+    self._depth = max(0, self._depth - 1) if depth is None else min(depth, self._depth)
     if self._lock and not self._depth: self._lock.release(); self._lock = None
 
 RunDir._take_lock, RunDir.close = _take_lock, _close
@@ -171,7 +182,8 @@ def _config(self) -> dict|None:
     "What config.json holds: config, data_fingerprint, versions; None where there is none."
     f = self/"config.json"
     if not f.exists(): return None
-    there = read_json(f, f"is {self.path} a run directory?")
+    begun = (self/"manifest.jsonl").exists()
+    there = read_json(f, "delete it and run with the settings and questions of before: what was made with them stays, and config.json is written again" if begun else f"is {self.path} a run directory?")
     if not (isinstance(there, dict) and isinstance(there.get("config"), dict)): raise StoreError(f"{f} holds no configuration; is {self.path} a run directory?")
     return there
 
@@ -187,19 +199,37 @@ def _check_same(self, cfg,
     if prompts and there.get("prompts") != prompts: diff.append("the wording of the prompts is not the same")
     if diff: raise StoreError(f"{self.path} holds a run with other settings ({'; '.join(diff)}); choose another directory, or resume that run as it is")
 
-RunDir.config, RunDir.check_same = _config, _check_same
+def _mark_settings(self, cfg, fingerprint, prompts):
+    "What the lines of the manifest are marked with; refuse where they are marked with something else."
+    fixed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if not f.metadata["free"] and getattr(cfg, f.name) != f.default}
+    self._mark = hashlib.sha256(json.dumps([fixed, fingerprint, prompts], sort_keys=True).encode()).hexdigest()[:8]
+    there, other = self.config(), [n for n, e in self.manifest.items() if e.get("settings", self._mark) != self._mark]
+    if not other: return
+    if there is None: raise StoreError(f"{self.path} holds a run with other settings or questions, and its config.json is lost; give those that it was begun with, or choose another directory")
+    if there.get("versions", {}).get("stasc") == _versions().get("stasc"):      # defaults may change from version to version
+        raise StoreError(f"{self/'config.json'} has changed: {other[0]} was made with other settings; delete it and run with the settings and questions of before, or choose another directory")
+
+RunDir.config, RunDir.check_same, RunDir._mark_settings = _config, _check_same, _mark_settings
 
 # %% ../nbs/08_store.ipynb #b51df515
 def _record(self, name, **facts):
     "Enter a finished file or folder into the manifest."
-    entry = dict(name=name, **facts, sha256=_digest(self/name))
+    entry = dict(name=name, **facts, sha256=_digest(self/name)) | (dict(settings=self._mark) if self._mark else {})
     with _said(self/"manifest.jsonl"), (self/"manifest.jsonl").open("a", encoding="utf-8", newline="\n") as f:
-        f.write(json.dumps(entry) + "\n"); f.flush(); os.fsync(f.fileno())
+        f.write(json.dumps(entry | dict(check=_check(entry))) + "\n"); f.flush(); os.fsync(f.fileno())
     self.manifest[name] = entry
 
 def _done(self, name: str) -> bool:
     "Is this file or folder complete?"
     return name in self.manifest and (self/name).exists()
+
+_TABLES = ("initial.*/part-*.parquet", "corrections.*/part-*.parquet", "transfer.*/part-*.parquet", "kept.parquet", "adapter", "model")
+
+def _astray(self, iteration: int) -> set:
+    "Files of an iteration that the manifest knows and the disk does not, or the other way round: somebody took them out."
+    folder = f"iter_{iteration:02d}"
+    known = {n for n in self.manifest if n.startswith(f"{folder}/")}
+    return {n for n in known if not (self/n).exists()} | {p.relative_to(self.path).as_posix() for o in _TABLES for p in (self/folder).glob(o)} - known
 
 def _verified(self, name):
     "The path of a complete file, after comparing its checksum."
@@ -208,13 +238,13 @@ def _verified(self, name):
         raise StoreError(f"{self/name} is damaged (its checksum is not the manifest's); delete it and resume the run to make it again")
     return self/name
 
-RunDir._record, RunDir.done, RunDir.verified = _record, _done, _verified
+RunDir._record, RunDir.done, RunDir.astray, RunDir.verified = _record, _done, _astray, _verified
 
 # %% ../nbs/08_store.ipynb #e2c968d0
-def _write(self, name: str, rows: list[dict], kind: str):
-    "Store rows as one Parquet file."
+def _write(self, name: str, rows: list[dict], kind: str, **facts):
+    "Store rows as one Parquet file; facts go into the manifest."
     write_table(self/name, rows, kind)
-    self._record(name, rows=len(rows))
+    self._record(name, rows=len(rows), **facts)
 
 @contextlib.contextmanager
 def _folder(self, name: str):
@@ -228,7 +258,9 @@ def _write_json(self, name: str, value):
 
 def _log(self, **facts):
     "Append a line to log.jsonl: times, which no two runs share."
-    with _said(self/"log.jsonl"), (self/"log.jsonl").open("a", encoding="utf-8") as f: f.write(json.dumps(facts) + "\n")
+    with _said(self/"log.jsonl"), (self/"log.jsonl").open("a+b") as f:
+        torn = f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read() != b"\n")[1]        # a full disk, or a kill, cut the last line short
+        f.write(b"\n" * torn + json.dumps(facts).encode() + b"\n")
 
 RunDir.write, RunDir.folder, RunDir.write_json, RunDir.log = _write, _folder, _write_json, _log
 

@@ -113,7 +113,7 @@ def _lend(source, target, name) -> bool:        # False where the source has not
         file = there.verified(name)
         with whole(target/name) as tmp: shutil.copytree(file, tmp, copy_function=_link) if file.is_dir() else _link(file, tmp)
     except (StoreError, OSError, TypeError, KeyError): return False             # another process is at work there, or it is damaged: made anew instead
-    target._record(name, **{k: v for k, v in there.manifest[name].items() if k not in ("name", "sha256")})
+    target._record(name, **{k: v for k, v in there.manifest[name].items() if k not in ("name", "sha256", "settings")})
     return True
 
 def _link(source, target):
@@ -121,7 +121,7 @@ def _link(source, target):
     except OSError: shutil.copyfile(source, target)
 
 # %% ../nbs/14_sweep.ipynb #1a78ab82
-_NOT_OF_THE_MODEL = {*_BY_PHASE - {"lora_r", "lora_alpha", "lora_dropout", "gradient_checkpointing"}, "seed", "data", "test_data", "question_column", "reference_column",
+_NOT_OF_THE_MODEL = {"bad_reward", *_BY_PHASE - {"lora_r", "lora_alpha", "lora_dropout", "gradient_checkpointing"}, "seed", "data", "test_data", "question_column", "reference_column",
                      "n_train", "n_test", "reward", "scope", "prompts", "shots", "temperature", "top_p", "top_k", "part_size"}
 
 class Engines:
