@@ -333,7 +333,7 @@ def _examples(self, kept):
     "Kept pairs as prompts and the ids that were generated."
     questions = {q.id: q for q in self.data.train}
     prompts = self._correction_prompts([(questions[q], text) for q, text in zip(kept.question_id, kept.init_text)], training=True)
-    return [Example(tuple(prompt), tuple(ids)) for prompt, ids in zip(prompts, kept.corr_token_ids)]
+    return [Example(tuple(prompt), tuple(ids.tolist())) for prompt, ids in zip(prompts, kept.corr_token_ids)]
 
 STaSC._by_part, STaSC._pairs, STaSC._examples = _by_part, _pairs, _examples
 
@@ -343,7 +343,7 @@ def _fit(self, n) -> bool:      # False where nothing was kept
     name, kept_name = f"iter_{n:02d}/{self._kind}", f"iter_{n:02d}/kept.parquet"
     if self.dir.done(name) and self.dir.done(kept_name): return True
     began = time.perf_counter()
-    kept = pd.concat([t[t.kept] for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True)])
+    kept = pd.concat([t.loc[t.kept, [*_KEPT, "init_text", "corr_token_ids"]] for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True)])
     if not self.dir.done(kept_name): self.dir.write(kept_name, kept[_KEPT].to_dict("records"), "kept")
     if kept.empty: return False
     self._call("on_phase", n, "train", 0, len(kept))
@@ -463,25 +463,30 @@ STaSC.__iter__, STaSC.run, STaSC.n_done, STaSC._astray = _iter, _run, property(_
 # %% ../nbs/09_loop.ipynb #af1926c2
 def _measure(self, n) -> dict:
     "What goes into metrics.json."
-    out = dict(iteration=n, n_kept=len(self.dir.table(n, "kept")) if n else 0)
+    out = dict(iteration=n, n_kept=len(self.dir.table(n, "kept", only=["corr_index"])) if n else 0)
     for split in ("test", "train"):
         t = self._rewards(n, split)
         out[split] = split_metrics(t.init_reward, t.corr_reward, self.cfg.threshold)
     if n and not self.variant.evolving_init:
-        t = self.dir.table(n, "transfer.test", token_ids=False)
+        t = self.dir.table(n, "transfer.test", only=["init_reward"])
         out["transfer"] = dict(n=len(t), acc_t1=float(t.init_reward.mean()))
     bad = {s: sum(e.get("bad", 0) for name, e in self.dir.manifest.items() if name.startswith(f"iter_{n:02d}/") and name.split("/")[1].endswith(s)) for s in ("train", "test")}
     if any(bad.values()): out["bad_rewards"] = bad
     if self.cfg.label_free != "off": out["label_free"] = {s: sum(not q.references for q in getattr(self.data, s)) for s in ("train", "test")}
     return out
 
-def _rewards(self, n, split):
-    "The reward of each correction, and of the initial answer that it was drawn for."
+def _reward_parts(self, n, split):
+    "The reward of each correction, and of the initial answer that it was drawn for, part by part."
     keys, of = ["question_id", "init_index"], n if self.variant.evolving_init else 0
-    initial, corrections = (self.dir.table(i, f"{phase}.{split}", only=[*keys, reward]) for i, phase, reward in ((of, "initial", "init_reward"), (n, "corrections", "corr_reward")))
-    return corrections.merge(initial, on=keys, validate="many_to_one")
+    for part in range(len(self.dir.part_names(n, f"corrections.{split}"))):
+        initial, corrections = (self.dir.table(i, f"{phase}.{split}", part, only=[*keys, reward]) for i, phase, reward in ((of, "initial", "init_reward"), (n, "corrections", "corr_reward")))
+        yield corrections.merge(initial, on=keys, validate="many_to_one")
 
-STaSC._measure, STaSC._rewards = _measure, _rewards
+def _rewards(self, n, split):
+    "The same as one table of two columns."
+    return pd.concat([t[["init_reward", "corr_reward"]] for t in self._reward_parts(n, split)], ignore_index=True)
+
+STaSC._measure, STaSC._reward_parts, STaSC._rewards = _measure, _reward_parts, _rewards
 
 # %% ../nbs/09_loop.ipynb #3e73a259
 def _getitem(self, n: int) -> Iteration:
@@ -513,19 +518,27 @@ def _metrics(self) -> pd.DataFrame:
     out = pd.DataFrame(rows).set_index("iteration") if rows else pd.DataFrame()
     return out.fillna({c: 0 for c in out if c.startswith("bad_rewards_")})
 
+def _stream(self,
+            split: str|None = None,     # train or test; None is both
+            iterations=None,            # numbers; None is all
+           ):                           # yields tables
+    "Trajectories part by part, each as in `trajectories`: for runs that are larger than memory."
+    first = ["iteration", "split", "question_id", "init_index", "corr_index"]
+    for n in range(self.n_done) if iterations is None else iterations:
+        for s in ("train", "test") if split is None else [split]:
+            for t in self._by_part(n, s): yield t.assign(iteration=n, split=s)[first + [c for c in t if c not in first]]
+
 def _trajectories(self) -> pd.DataFrame:
     "One row for each (iteration, split, question, j, k), without token ids."
-    tables = [t.assign(iteration=n, split=split) for n in range(self.n_done) for split in ("train", "test") for t in self._by_part(n, split)]
-    out = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["iteration", "split", "question_id"])
-    first = ["iteration", "split", "question_id", "init_index", "corr_index"]
-    return out[first + [c for c in out if c not in first]]
+    tables = list(self.stream())
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["iteration", "split", "question_id", "init_index", "corr_index"])
 
 def _kept(self) -> pd.DataFrame:
     "One row for each pair that was trained on; `iteration` is the model that learned from it."
     tables = [self.dir.table(n, "kept").assign(iteration=n) for n in range(1, self.n_done)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["iteration", *_KEPT])
 
-STaSC.metrics, STaSC.trajectories, STaSC.kept = property(_metrics), property(_trajectories), property(_kept)
+STaSC.metrics, STaSC.stream, STaSC.trajectories, STaSC.kept = property(_metrics), _stream, property(_trajectories), property(_kept)
 
 # %% ../nbs/09_loop.ipynb #e2e19df9
 _TABLE = {"n_kept": "kept", "train_acc_t1": "train r(Y1)", "train_acc_t2": "train r(Y2)", "test_acc_t1": "test r(Y1)", "test_acc_t2": "test r(Y2)",
