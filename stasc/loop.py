@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from .core import Config, ConfigError, DataError, Question, StoreError, Variant, derive_seed, visible
+from .core import PERMISSIONS, Config, ConfigError, DataError, Question, StoreError, Variant, derive_seed, visible, whole_characters
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
-from .prompt import Prompter, PromptSet, prompts_of
+from .prompt import Prompter, PromptSet, _checked, prompts_of
 from .reward import judge, reward_name
 from .store import RunDir, part_name, read_json
 from .task import reward_of
@@ -100,7 +100,7 @@ class STaSC:
         if reward: cfg = cfg.replace(reward=reward_name(reward))
         if cfg.reward == "<lambda>": raise ConfigError("reward: give the function a name (def ...), by which a run can be told from others")
         self.cfg, self.variant, self._reward, self._prompts = cfg, Variant(cfg.variant), reward, None
-        if data: _check_data(data)
+        if data is not None: _check_data(data)
         if lm := getattr(engine, "lm", None): _same_model(lm.cfg, cfg)
         self.dir = RunDir(out or default_out(cfg))
         self.dir.check_same(cfg)
@@ -112,18 +112,39 @@ class STaSC:
         "The run in a directory, with the settings and questions that are stored there."
         there = RunDir(path).config()
         if there is None: raise StoreError(f"{path} is not a run directory: it has no config.json")
-        cfg = Config.from_dict(there["config"], where=str(Path(path)/"config.json"))
+        cfg = Config.from_dict(there["config"] | dict.fromkeys(PERMISSIONS, False), where=str(Path(path)/"config.json"))
         run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path)), **kw)
-        if there.get("prompts"): run._prompts = PromptSet(**there["prompts"] | dict(examples=tuple(there["prompts"]["examples"])))
+        run._asks = [k for k in PERMISSIONS if there["config"].get(k) and k not in kw]
+        if there.get("prompts"): run._prompts = _checked(f"in {Path(path)/'config.json'}", there["prompts"])
         return run
+
+def _allowed(run, *permissions):
+    "Refuse to go on with what a run was allowed once, where its user has not said so again."
+    if asks := [k for k in run._asks if k in permissions]:
+        raise ConfigError(f"{run.dir.path} was run with {asks[0]} = True, and a directory, which may come from anywhere, cannot allow that: if you trust what it would run, "
+                          f"say so again with --{asks[0].replace('_', '-')} (or {asks[0]}=True where the run is opened)")
+
+STaSC._asks = ()
 
 # %% ../nbs/09_loop.ipynb #dbafc4bd
 def _check_data(data):
     "Questions that were handed over are checked as those from a file are."
+    if not (hasattr(data, "train") and hasattr(data, "test")): raise DataError(f"data: expected stasc.data.Data(train, test), got {type(data).__name__}")
+    if none := [name for name, split in (("training", data.train), ("held-out", data.test)) if not split]: raise DataError(f"data: there are no {none[0]} questions")
+    if fault := next((f for q in [*data.train, *data.test] if (f := _fault(q))), None): raise DataError(f"data: {fault}")
     for split in (data.train, data.test):
         if twice := [i for i, n in Counter(q.id for q in split).items() if n > 1]:
             raise DataError(f"data: {len(twice)} ids stand for more than one question ({', '.join(map(repr, twice[:3]))}); give each question its own")
     check_leak(data.train, data.test)
+
+def _fault(q) -> str|None:
+    "What a question lacks."
+    if not isinstance(q, Question): return f"expected questions (stasc.core.Question), got {type(q).__name__}"
+    texts = [q.id, q.text, *(q.references if isinstance(q.references, (tuple, list)) else [None]), *([] if q.context is None else [q.context])]
+    what = f"question {str(q.id)[:60]!r}"
+    if not all(isinstance(t, str) for t in texts): return f"{what}: id, text, each of the references (a tuple) and the context, where there is one, have to be texts"
+    if not (q.text.strip() and q.references): return f"{what}: it needs a text and at least one reference"
+    if any(t != whole_characters(t) for t in texts): return f"{what} holds half a surrogate pair, which is no character: repair the text"
 
 def _same_model(there, cfg):
     diff = [k for k in ("model", "finetune", "lora_r", "lora_alpha", "lora_dropout", "device", "dtype") if getattr(there, k) != getattr(cfg, k)]
@@ -147,9 +168,12 @@ def _stored_questions(path):
     f = path/"questions.json"
     if not f.exists(): return None
     rows = read_json(f, "put the questions' file back in its place and run with it again")
-    of = lambda s: [Question(r["id"], r["text"], tuple(r["references"]), r["context"]) for r in rows if r["split"] == s]
-    try: return Data(of("train"), of("test"))
-    except (KeyError, TypeError): raise StoreError(f"{f} does not hold questions; put the questions' file back in its place and run with it again") from None
+    of = lambda s: [Question(r["id"], r["text"], tuple(r["references"]) if isinstance(r["references"], list) else None, r["context"]) for r in rows if r["split"] == s]
+    try:
+        data = Data(of("train"), of("test"))
+        if not any(map(_fault, [*data.train, *data.test])): return data
+    except (KeyError, TypeError): pass
+    raise StoreError(f"{f} does not hold questions; put the questions' file back in its place and run with it again")
 
 # %% ../nbs/09_loop.ipynb #6be71083
 def _data_(self) -> Data:
@@ -160,6 +184,7 @@ def _data_(self) -> Data:
 def _engine_(self):
     "The model; loaded when first asked for."
     if self._engine is None:
+        _allowed(self, "trust_remote_code")
         self._engine = Engine(self.cfg)
         print(self._engine.describe())
     return self._engine
@@ -230,9 +255,9 @@ STaSC._draw, STaSC._store, STaSC._settle, STaSC._writer, STaSC._pending = _draw,
 
 # %% ../nbs/09_loop.ipynb #18778c6c
 def _answer_columns(self, which, question, sample, index):
-    answer, reward = judge(sample.text, question.references, self.reward, self.cfg.scope)
-    s = sample
-    values = dict(index=index, text=s.text, answer=answer, reward=reward, token_ids=list(s.token_ids), n_tokens=s.n_tokens,
+    s, text = sample, whole_characters(sample.text)
+    answer, reward = judge(text, question.references, self.reward, self.cfg.scope)
+    values = dict(index=index, text=text, answer=answer, reward=reward, token_ids=list(s.token_ids), n_tokens=s.n_tokens,
                   finish_reason=s.finish_reason, seed=s.seed, logprob=s.logprob)
     return {f"{which}_{k}": v for k, v in values.items()}
 
@@ -371,6 +396,7 @@ def _load(self, n):
 @contextlib.contextmanager
 def _writing(self):
     "Hold the run directory against other writers."
+    _allowed(self, *PERMISSIONS)
     self.reward                                                     # an unknown one is refused before anything is written
     self.dir.open(self.cfg, self.data.fingerprint, json.loads(json.dumps(dataclasses.asdict(self.prompts))))
     try: yield
@@ -449,13 +475,19 @@ def _getitem(self, n: int) -> Iteration:
 def _read_metrics(self, n):
     f = self.dir/f"iter_{n:02d}"/"metrics.json"
     metrics = read_json(f, "delete it and resume the run")
-    if not (isinstance(metrics, dict) and {"n_kept", "train", "test"} <= set(metrics)): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
+    if not _are_metrics(metrics, n): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
     return metrics
+
+def _are_metrics(m, n):
+    number = lambda d, *names: isinstance(d, dict) and all(isinstance(d.get(k), (int, float)) for k in names)
+    splits = ("n", "acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i")
+    return number(m, "n_kept", "iteration") and m["iteration"] == n and all(number(m.get(s), *splits) for s in ("train", "test")) and number(m.get("transfer", dict(acc_t1=0)), "acc_t1")
 
 def _example(self, n, outcome):
     rows = next((found for t in self._by_part(n, "test") if len(found := t[t.outcome == outcome])), None)
     if rows is None: return None
     r, q = rows.iloc[0].to_dict(), {q.id: q for q in self.data.test}
+    if r["question_id"] not in q: raise StoreError(f"{self.dir.path} holds answers to question {r['question_id'][:60]!r}, which is not among its questions; its files are not of one run")
     return dict(question=q[r["question_id"]].text, reference=" / ".join(q[r["question_id"]].references), **r)
 
 STaSC.__getitem__, STaSC._read_metrics, STaSC._example = _getitem, _read_metrics, _example
@@ -523,8 +555,9 @@ STaSC.curves = _curves
 def _timing(self) -> pd.DataFrame:      # index iteration, phase; seconds, model_seconds, other_seconds, other_share
     "Seconds of each phase: of the model, and of everything around it."
     f, rows = self.dir/"log.jsonl", []
-    for line in f.read_text(encoding="utf-8").splitlines() if f.exists() else []:
-        with contextlib.suppress(ValueError): rows.append(json.loads(line))                         # a killed run may have cut one short
+    for line in f.read_text(encoding="utf-8", errors="replace").splitlines() if f.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):                  # a killed run may have cut one short
+            e = json.loads(line); rows.append((int(e["iteration"]), str(e["phase"]), float(e["seconds"]), float(e["model_seconds"])))
     t = pd.DataFrame(rows, columns=["iteration", "phase", "seconds", "model_seconds"]).groupby(["iteration", "phase"], sort=False).sum()    # a resumed phase has two lines
     return t.assign(other_seconds=t.seconds - t.model_seconds, other_share=1 - t.model_seconds / t.seconds)
 

@@ -7,6 +7,7 @@ __all__ = ['page_data', 'diff_html', 'html_page', 'Browser', 'browse', 'report']
 
 # %% ../nbs/12_view.ipynb #78648179
 import base64, difflib, gzip, hashlib, html, json, math, re
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 import pandas as pd
@@ -65,10 +66,12 @@ _esc = html.escape
 
 def diff_html(before: str, after: str) -> str:
     "The text `after`, with the words that were taken from `before` and those that were added marked."
-    a, b = (re.findall(r"\s+|\S+", t) for t in (before, after))
-    if len(a) * len(b) > 4_000_000: return _esc(after)
+    a, b = (re.findall(r"\S+\s*|\s+", t) for t in (before, after))
+    one, other = ([w.strip() for w in words] for words in (a, b))
+    count = Counter(one)
+    if len(a) * len(b) > 4_000_000 or sum(count[w] for w in other) * min(len(a), len(b)) > 20_000_000: return _esc(after)      # at worst so many steps
     put = lambda tag, words: f"<{tag}>{_esc(''.join(words))}</{tag}>" if words else ""
-    parts = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    parts = difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes()
     return "".join(_esc("".join(b[k:l])) if op == "equal" else put("del", a[i:j]) + put("ins", b[k:l]) for op, i, j, k, l in parts)
 
 # %% ../nbs/12_view.ipynb #0bd37872
