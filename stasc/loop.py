@@ -154,7 +154,8 @@ def _same_model(there, cfg):
 def default_out(cfg: Config) -> Path:
     "runs/MODEL-VARIANT[-FILTER]-seedN-HASH: the same settings, the same place."
     fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if not Config.__dataclass_fields__[k].metadata["free"]})
-    model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".") or "model"
+    model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".-") or "model"
+    if model.split(".")[0].upper() in ("CON", "PRN", "AUX", "NUL"): model = f"_{model}"                 # devices of Windows
     variant = cfg.variant + (f"-{cfg.filter}" if cfg.filter else "")
     return Path("runs")/f"{model}-{variant}-seed{cfg.seed}-{hashlib.sha256(fixed.encode()).hexdigest()[:6]}"
 
