@@ -6,17 +6,17 @@
 __all__ = ['split_metrics', 'Iteration', 'Progress', 'STaSC', 'default_out']
 
 # %% ../nbs/09_loop.ipynb #c5829c36
-import contextlib, dataclasses, hashlib, html, json, shutil, sys, time, warnings
+import contextlib, ctypes, dataclasses, hashlib, html, json, shutil, sys, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from .core import Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, derive_seed, visible
+from .core import PERMISSIONS, Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, derive_seed, visible, whole_characters
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
 from .label_free import check_label_free, label_free_reward, majority_answer
-from .prompt import Prompter, PromptSet, prompts_of
+from .prompt import Prompter, PromptSet, _checked, prompts_of
 from .reward import final_answer, judge, reward_name
 from .store import RunDir, part_name, read_json
 from .task import reward_of
@@ -102,7 +102,7 @@ class STaSC:
         if reward: cfg = cfg.replace(reward=reward_name(reward))
         if cfg.reward == "<lambda>": raise ConfigError("reward: give the function a name (def ...), by which a run can be told from others")
         self.cfg, self.variant, self._reward, self._prompts = cfg, Variant(cfg.variant), reward, None
-        if data: _check_data(data, cfg)
+        if data is not None: _check_data(data, cfg)
         if lm := getattr(engine, "lm", None): _same_model(lm.cfg, cfg)
         self.dir = RunDir(out or default_out(cfg))
         self.dir.check_same(cfg)
@@ -114,19 +114,40 @@ class STaSC:
         "The run in a directory, with the settings and questions that are stored there."
         there = RunDir(path).config()
         if there is None: raise StoreError(f"{path} is not a run directory: it has no config.json (if it was lost, run with the settings of before and out = this directory: it is written again)")
-        cfg = Config.from_dict(there["config"], where=str(Path(path)/"config.json"))
+        cfg = Config.from_dict(there["config"] | dict.fromkeys(PERMISSIONS, False), where=str(Path(path)/"config.json"))
         run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path), there.get("data_fingerprint")), **kw)
-        if there.get("prompts"): run._prompts = PromptSet(**there["prompts"] | dict(examples=tuple(there["prompts"]["examples"])))
+        run._asks = [k for k in PERMISSIONS if there["config"].get(k) and k not in kw]
+        if there.get("prompts"): run._prompts = _checked(f"in {Path(path)/'config.json'}", there["prompts"])
         return run
+
+def _allowed(run, *permissions):
+    "Refuse to go on with what a run was allowed once, where its user has not said so again."
+    if asks := [k for k in run._asks if k in permissions]:
+        raise ConfigError(f"{run.dir.path} was run with {asks[0]} = True, and a directory, which may come from anywhere, cannot allow that: if you trust what it would run, "
+                          f"say so again with --{asks[0].replace('_', '-')} (or {asks[0]}=True where the run is opened)")
+
+STaSC._asks = ()
 
 # %% ../nbs/09_loop.ipynb #dbafc4bd
 def _check_data(data, cfg):
     "Questions that were handed over are checked as those from a file are."
+    if not (hasattr(data, "train") and hasattr(data, "test")): raise DataError(f"data: expected stasc.data.Data(train, test), got {type(data).__name__}")
+    if none := [name for name, split in (("training", data.train), ("held-out", data.test)) if not split]: raise DataError(f"data: there are no {none[0]} questions")
+    if fault := next((f for q in [*data.train, *data.test] if (f := _fault(q))), None): raise DataError(f"data: {fault}")
     for split in (data.train, data.test):
         if twice := [i for i, n in Counter(q.id for q in split).items() if n > 1]:
             raise DataError(f"data: {len(twice)} ids stand for more than one question ({', '.join(map(repr, twice[:3]))}); give each question its own")
     check_leak(data.train, data.test)
     check_label_free(cfg, data)
+
+def _fault(q) -> str|None:
+    "What a question lacks."
+    if not isinstance(q, Question): return f"expected questions (stasc.core.Question), got {type(q).__name__}"
+    texts = [q.id, q.text, *(q.references if isinstance(q.references, (tuple, list)) else [None]), *([] if q.context is None else [q.context])]
+    what = f"question {str(q.id)[:60]!r}"
+    if not all(isinstance(t, str) for t in texts): return f"{what}: id, text, each of the references (a tuple) and the context, where there is one, have to be texts"
+    if not q.text.strip(): return f"{what}: it needs a text"
+    if any(t != whole_characters(t) for t in texts): return f"{what} holds half a surrogate pair, which is no character: repair the text"
 
 def _same_model(there, cfg):
     diff = [k for k in ("model", "finetune", "lora_r", "lora_alpha", "lora_dropout", "device", "dtype") if getattr(there, k) != getattr(cfg, k)]
@@ -137,7 +158,8 @@ def default_out(cfg: Config) -> Path:
     "runs/MODEL-VARIANT[-FILTER]-seedN-HASH: the same settings, the same place."
     later = dict(label_free="off")                                  # left out where they change nothing: older runs keep their place
     fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if not Config.__dataclass_fields__[k].metadata["free"] and later.get(k) != v})
-    model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".") or "model"
+    model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".-") or "model"
+    if model.split(".")[0].upper() in ("CON", "PRN", "AUX", "NUL"): model = f"_{model}"                 # devices of Windows
     variant = cfg.variant + (f"-{cfg.filter}" if cfg.filter else "")
     return Path("runs")/f"{model}-{variant}-seed{cfg.seed}-{hashlib.sha256(fixed.encode()).hexdigest()[:6]}"
 
@@ -151,10 +173,11 @@ def _stored_questions(path, fingerprint=None):
     f = path/"questions.json"
     if not f.exists(): return None
     rows = read_json(f, _AGAIN)
-    of = lambda s: [Question(r["id"], r["text"], tuple(r["references"]), r["context"]) for r in rows if r["split"] == s]
+    of = lambda s: [Question(r["id"], r["text"], tuple(r["references"]) if isinstance(r["references"], list) else None, r["context"]) for r in rows if r["split"] == s]
     try: data = Data(of("train"), of("test"))
-    except (KeyError, TypeError): raise StoreError(f"{f} does not hold questions; {_AGAIN}") from None
-    if fingerprint and fingerprint.split()[-1] != data.fingerprint: raise StoreError(f"{f} does not hold the questions of this run; {_AGAIN}")
+    except (KeyError, TypeError): data = None
+    if data is None or any(map(_fault, [*data.train, *data.test])): raise StoreError(f"{f} does not hold questions; {_AGAIN}")
+    if isinstance(fingerprint, str) and fingerprint.split()[-1:] != [data.fingerprint]: raise StoreError(f"{f} does not hold the questions of this run; {_AGAIN}")
     return data
 
 _AGAIN = "delete it and give the run its questions again, as data or in the place that its configuration names: then it is written again"
@@ -171,6 +194,7 @@ def _data_(self) -> Data:
 def _engine_(self):
     "The model; loaded when first asked for."
     if self._engine is None:
+        _allowed(self, "trust_remote_code")
         self._engine = Engine(self.cfg)
         print(self._engine.describe())
     return self._engine
@@ -201,9 +225,9 @@ def _parts(self, n, phase, questions):
     for part, a in enumerate(range(0, len(questions), size)):
         if not self.dir.done(part_name(n, phase, part)):
             began = began or time.perf_counter()
-            self._where, self._bad = f"M_{n}, {phase}", []
             self._call("on_phase", n, phase, a, len(questions))
             self.engine.use(self._model_folder(n))                  # for each part: a callback may have asked another model
+            self._where, self._bad = f"M_{n}, {phase}", []
             yield part, questions[a:a + size]
     self._settle()
     if began is not None:
@@ -231,32 +255,35 @@ def _store(self, *args):
     "Write a table in the background, after the one before it."
     self._settle()
     if self._writer is None: self._writer = ThreadPoolExecutor(1, "stasc-write")
-    if self._bad: warnings.warn(f"{len(self._bad)} answers could not be judged and count as 0; the first: {self._bad[0]}", stacklevel=2)
+    self._warn()
     self._pending = self._writer.submit(self.dir.write, *args, **dict(bad=len(self._bad)) if self._bad else {})
+
+def _warn(self):
+    if self._bad: warnings.warn(f"{len(self._bad)} answers could not be judged and count as 0; the first: {self._bad[0]}", stacklevel=2)
 
 def _settle(self):
     "Wait for the table that is being written; what went wrong with it is raised here."
     pending, self._pending = self._pending, None
     if pending is not None: pending.result()
 
-STaSC._draw, STaSC._store, STaSC._settle, STaSC._writer, STaSC._pending, STaSC._bad = _draw, _store, _settle, None, None, ()
+STaSC._draw, STaSC._store, STaSC._warn, STaSC._settle, STaSC._writer, STaSC._pending, STaSC._bad = _draw, _store, _warn, _settle, None, None, ()
 
 # %% ../nbs/09_loop.ipynb #18778c6c
-def _judged(self, question, sample, agreed):
+def _judged(self, question, text, logprob, agreed):
     "The final answer of a text, and its reward."
-    if question.references or self.cfg.label_free == "off": return judge(sample.text, question.references, self.reward, self.cfg.scope)
-    return (answer := self._extract(sample.text)), label_free_reward(self.cfg.label_free, answer, sample.logprob, agreed)
+    if question.references or self.cfg.label_free == "off": return judge(text, question.references, self.reward, self.cfg.scope)
+    return (answer := self._extract(text)), label_free_reward(self.cfg.label_free, answer, logprob, agreed)
 
 def _answer_columns(self, which, question, sample, index, agreed=None, of=None):
-    try: answer, reward = self._judged(question, sample, agreed)
+    s, text = sample, whole_characters(sample.text)
+    try: answer, reward = self._judged(question, text, s.logprob, agreed)
     except RewardError as e:
         bad = f"{self._where}, question {question.id!r}, {f'initial answer {index}' if of is None else f'correction {index} of initial answer {of}'}: {e}"
         if self.cfg.bad_reward == "raise": raise RewardError(f"{bad}; mend the reward, or count such answers as 0 with bad_reward = 'skip', and resume the run") from e
         self._bad.append(bad)
         answer, reward = None, 0.0
-        with contextlib.suppress(Exception): answer = self._extract(sample.text)
-    s = sample
-    values = dict(index=index, text=s.text, answer=answer, reward=reward, token_ids=list(s.token_ids), n_tokens=s.n_tokens,
+        with contextlib.suppress(Exception): answer = self._extract(text)
+    values = dict(index=index, text=text, answer=answer, reward=reward, token_ids=list(s.token_ids), n_tokens=s.n_tokens,
                   finish_reason=s.finish_reason, seed=s.seed, logprob=s.logprob)
     return {f"{which}_{k}": v for k, v in values.items()}
 
@@ -393,10 +420,15 @@ def _make(self, n):
         if self.n_done <= n: raise StoreError(f"{self.dir/'manifest.jsonl'} is not what iteration {n} made ({min(self._astray(n))}); delete the lines with that name and resume the run")
         it = self[n]
         self.dir.log(iteration=n, phase="metrics", seconds=round(time.perf_counter() - began, 3), model_seconds=0.)
+        _give_back()
         self._call("on_iteration", it)
         if n == self.cfg.iterations: self._call("on_run_end")
     except BaseException: self._call("on_stop"); raise
     return it
+
+def _give_back():
+    "Hand freed memory back to the system: glibc keeps it in pieces, which differ from iteration to iteration and add up."
+    with contextlib.suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)       # where there is such a call
 
 def _load(self, n):
     "Load the model before the clock of the first phase runs."
@@ -409,6 +441,7 @@ def _load(self, n):
 @contextlib.contextmanager
 def _writing(self):
     "Hold the run directory against other writers."
+    _allowed(self, *PERMISSIONS)
     self.reward                                                     # an unknown one is refused before anything is written
     held = self.dir._depth
     try:
@@ -499,13 +532,19 @@ def _getitem(self, n: int) -> Iteration:
 def _read_metrics(self, n):
     f = self.dir/f"iter_{n:02d}"/"metrics.json"
     metrics = read_json(f, "delete it and resume the run")
-    if not (isinstance(metrics, dict) and {"n_kept", "train", "test"} <= set(metrics)): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
+    if not _are_metrics(metrics, n): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
     return metrics
+
+def _are_metrics(m, n):
+    number = lambda d, *names: isinstance(d, dict) and all(isinstance(d.get(k), (int, float)) for k in names)
+    splits = ("n", "acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i")
+    return number(m, "n_kept", "iteration") and m["iteration"] == n and all(number(m.get(s), *splits) for s in ("train", "test")) and number(m.get("transfer", dict(acc_t1=0)), "acc_t1")
 
 def _example(self, n, outcome):
     rows = next((found for t in self._by_part(n, "test") if len(found := t[t.outcome == outcome])), None)
     if rows is None: return None
     r, q = rows.iloc[0].to_dict(), {q.id: q for q in self.data.test}
+    if r["question_id"] not in q: raise StoreError(f"{self.dir.path} holds answers to question {r['question_id'][:60]!r}, which is not among its questions; its files are not of one run")
     return dict(question=q[r["question_id"]].text, reference=" / ".join(q[r["question_id"]].references), **r)
 
 STaSC.__getitem__, STaSC._read_metrics, STaSC._example = _getitem, _read_metrics, _example
@@ -584,8 +623,9 @@ STaSC.curves = _curves
 def _timing(self) -> pd.DataFrame:      # index iteration, phase; seconds, model_seconds, other_seconds, other_share
     "Seconds of each phase: of the model, and of everything around it."
     f, rows = self.dir/"log.jsonl", []
-    for line in f.read_text(encoding="utf-8").splitlines() if f.exists() else []:
-        with contextlib.suppress(ValueError): rows.append(json.loads(line))                         # a killed run may have cut one short
+    for line in f.read_text(encoding="utf-8", errors="replace").splitlines() if f.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):                  # a killed run may have cut one short
+            e = json.loads(line); rows.append((int(e["iteration"]), str(e["phase"]), float(e["seconds"]), float(e["model_seconds"])))
     t = pd.DataFrame(rows, columns=["iteration", "phase", "seconds", "model_seconds"]).groupby(["iteration", "phase"], sort=False).sum()    # a resumed phase has two lines
     return t.assign(other_seconds=t.seconds - t.model_seconds, other_share=1 - t.model_seconds / t.seconds)
 
@@ -606,8 +646,9 @@ def _evaluate(self, questions: list[Question],
     e.use(self._model_folder(n))
     prompts = [self.prompter.correction(q, s.text) for q, s in zip(questions, first)]
     second = [s[0] for s in e.sample(prompts, 1, params, seeds("correction"))]
-    rows = [dict(question_id=q.id, question=q.text, iteration=n) | self._answer_columns("init", q, a, 0, g) | self._answer_columns("corr", q, b, 0, g)
+    rows = [dict(question_id=q.id, question=q.text, iteration=n) | self._answer_columns("init", q, a, 0, g) | self._answer_columns("corr", q, b, 0, g, 0)
             for q, a, b, g in zip(questions, first, second, (self._agreed(q, [a.text]) for q, a in zip(questions, first)))]
+    self._warn()
     return pd.DataFrame(rows).drop(columns=["init_token_ids", "corr_token_ids"])
 
 STaSC.evaluate = _evaluate

@@ -6,11 +6,11 @@
 __all__ = ['read_json', 'whole', 'columns', 'write_table', 'read_tables', 'RunDir', 'part_name']
 
 # %% ../nbs/08_store.ipynb #dff0633e
-import contextlib, hashlib, json, os, shutil
+import contextlib, hashlib, json, os, re, shutil
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from .core import Config, StoreError
+from .core import Config, StoreError, whole_characters
 
 # %% ../nbs/08_store.ipynb #d51997bc
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def _said(path, what="written"):
 def read_json(path, advice: str):
     "What a JSON file holds."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise StoreError(f"{path} cannot be read ({e}); {advice}") from None
+    except (OSError, ValueError, RecursionError) as e: raise StoreError(f"{path} cannot be read ({e}); {advice}") from None
 
 def _sync(path):
     "Flush a file, or a folder's list of names, to the disk."
@@ -50,7 +50,7 @@ def whole(path: Path):          # the file or folder to make
         finally: _remove(tmp)
 
 def _remove(path):
-    if path.is_dir(): shutil.rmtree(path)
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
 # %% ../nbs/08_store.ipynb #09ca97c4
@@ -71,6 +71,7 @@ def columns(kind: str) -> list[str]:    # "initial", "corrections" or "kept"
 def write_table(path: Path, rows: list[dict], kind: str):
     "Write rows as one Parquet file, whole or not at all."
     import pyarrow as pa, pyarrow.parquet as pq
+    rows = [{k: whole_characters(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
     with whole(path) as tmp: pq.write_table(pa.Table.from_pylist(rows, schema=_schema(kind)), tmp, compression="zstd")
 
 def read_tables(paths: list[Path], kind: str,
@@ -79,11 +80,21 @@ def read_tables(paths: list[Path], kind: str,
                ):                           # pandas DataFrame
     "Read Parquet files as one table."
     import pyarrow as pa, pyarrow.parquet as pq
-    tables, names = [], only or [c for c in columns(kind) if token_ids or not c.endswith("token_ids")]
+    schema = _schema(kind)
+    tables, names = [], only or [c for c in schema.names if token_ids or not c.endswith("token_ids")]
     for p in paths:
         try: tables.append(pq.ParquetFile(p).read(names))
         except (OSError, pa.ArrowException) as e: raise StoreError(f"{p} is no readable Parquet file ({str(e).splitlines()[0]}); delete it and resume the run to draw it again") from e
-    return (pa.concat_tables(tables) if tables else _schema(kind).empty_table().select(names)).to_pandas()
+        if wrong := _wrong_columns(tables[-1], schema, names): raise StoreError(f"{p} is no table of this kind ({wrong}); delete it and resume the run to draw it again")
+    return (pa.concat_tables(tables) if tables else schema.empty_table().select(names)).to_pandas()
+
+def _wrong_columns(table, schema, names) -> str:
+    "What of a table is not as it was written."
+    for n in names:
+        if table.column_names.count(n) != 1: return f"column {n} stands there {table.column_names.count(n)} times"
+        if table.schema.field(n).type != schema.field(n).type: return f"column {n} is {table.schema.field(n).type}, not {schema.field(n).type}"
+        if table[n].null_count and not n.endswith(("_answer", "_logprob")): return f"column {n} has empty cells"
+    return ""
 
 # %% ../nbs/08_store.ipynb #a9c9d2e4
 _PACKAGES = ("stasc", "torch", "transformers", "peft", "pyarrow", "numpy")
@@ -103,7 +114,11 @@ def _digest(path):
 class RunDir:
     "The directory of one run."
     def __init__(self, path: str|Path):
-        self.path, self.manifest, self._lock, self._depth, self._mark = Path(path), {}, None, 0, None
+        self.path, self.manifest, self._lock, self._depth = Path(path), {}, None, 0
+        self._mark = None                                           # of the settings, once it is open for writing
+        try: named = b"\0" not in os.fsencode(self.path)
+        except UnicodeEncodeError: named = False
+        if not named: raise StoreError(f"{str(path)!r} is no name of a directory; choose another")
         self._read_manifest()
 
     def __truediv__(self, name): return self.path/name
@@ -114,8 +129,8 @@ class RunDir:
             if not (self/"manifest.jsonl").exists(): return
             lines = (self/"manifest.jsonl").read_bytes().splitlines(keepends=True)
         for i, line in enumerate(lines):
-            try: entry = _entry(line); self.manifest[entry["name"]] = entry
-            except (ValueError, KeyError, TypeError, AttributeError):
+            try: entry = _entry(line, self/"manifest.jsonl"); self.manifest[entry["name"]] = entry
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 if i + 1 < len(lines): raise StoreError(f"{self/'manifest.jsonl'}, line {i + 1} is damaged; delete that line and resume the run to make its file again") from None
                 break
             if not line.endswith(b"\n"): del self.manifest[entry["name"]]; break
@@ -123,11 +138,14 @@ class RunDir:
 
 def _check(entry): return hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:8]
 
-def _entry(line):
-    "What a line of the manifest says, its own checksum compared; lines of older versions have none."
+def _entry(line, where) -> dict:
+    "A line of the manifest, its own checksum compared (older versions wrote none). The directory may come from elsewhere: what it names lies in it."
     entry = json.loads(line)
     check = entry.pop("check", None)
-    if check not in (None, _check(entry)): raise ValueError("its checksum is another")
+    if check not in (None, _check(entry)): raise ValueError
+    if not (isinstance(entry["name"], str) and isinstance(entry["sha256"], str)): raise TypeError
+    if {"", ".", ".."} & set(re.split(r"[/\\]", entry["name"])) or re.search(r"[:\0]", entry["name"]):
+        raise StoreError(f"{where} names {entry['name'][:80]!r}, which is no file of a run directory; delete that line, and trust the rest as little")
     return entry
 
 # %% ../nbs/08_store.ipynb #5732894a
@@ -141,6 +159,8 @@ def _open(self, cfg: Config,
         own = [f.name for f in self.path.iterdir() if f.name not in (".lock", ".tmp-config.json")]
         if self.config() is None and own and not any("settings" in e for e in self.manifest.values()):
             raise StoreError(f"{self.path} holds other files ({own[0]}) and no run; choose a new or an empty directory")
+        if link := next((n for n in ("config.json", "manifest.jsonl", "log.jsonl", "questions.json") if (self/n).is_symlink()), None):
+            raise StoreError(f"{self/link} is a link, and the run would write to where it points; put the file itself in its place")
         for pattern in (".tmp-*", "iter_*/.tmp-*", "iter_*/*/.tmp-*"):
             for tmp in self.path.glob(pattern): _remove(tmp)
         self._read_manifest()                                       # another process may have gone on since
@@ -184,7 +204,7 @@ def _config(self) -> dict|None:
     if not f.exists(): return None
     begun = (self/"manifest.jsonl").exists()
     there = read_json(f, "delete it and run with the settings and questions of before: what was made with them stays, and config.json is written again" if begun else f"is {self.path} a run directory?")
-    if not (isinstance(there, dict) and isinstance(there.get("config"), dict)): raise StoreError(f"{f} holds no configuration; is {self.path} a run directory?")
+    if not (isinstance(there, dict) and isinstance(there.get("config"), dict) and isinstance(there.get("versions", {}), dict)): raise StoreError(f"{f} holds no configuration; is {self.path} a run directory?")
     return there
 
 def _check_same(self, cfg,
@@ -195,7 +215,7 @@ def _check_same(self, cfg,
     if there is None or not self.manifest: return                   # nothing was drawn with those settings yet
     diff = [f"{f.name}: {there['config'].get(f.name)!r} there, {getattr(cfg, f.name)!r} here" for f in fields(cfg)
             if not f.metadata["free"] and there["config"].get(f.name, f.default) != getattr(cfg, f.name)]
-    if fingerprint and there["data_fingerprint"] != fingerprint: diff.append("the questions are not the same")
+    if fingerprint and there.get("data_fingerprint") != fingerprint: diff.append("the questions are not the same")
     if prompts and there.get("prompts") != prompts: diff.append("the wording of the prompts is not the same")
     if diff: raise StoreError(f"{self.path} holds a run with other settings ({'; '.join(diff)}); choose another directory, or resume that run as it is")
 

@@ -7,10 +7,11 @@ __all__ = ['page_data', 'diff_html', 'html_page', 'Browser', 'browse', 'report']
 
 # %% ../nbs/12_view.ipynb #78648179
 import base64, difflib, gzip, hashlib, html, json, math, re
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 import pandas as pd
-from .core import Config, DataError, Question, visible
+from .core import Config, DataError, Question, StoreError, visible
 from .loop import STaSC
 from .patterns import PATTERNS, label
 from .store import whole
@@ -67,12 +68,20 @@ def _fitting(sizes, limit):             # trajectories of each (split, question)
 # %% ../nbs/12_view.ipynb #7328353c
 _esc = html.escape
 
+def _steps(a, b):
+    "How many a comparison takes at worst."
+    count = Counter(a)
+    return sum(count[w] for w in b) * min(len(a), len(b))
+
 def diff_html(before: str, after: str) -> str:
     "The text `after`, with the words that were taken from `before` and those that were added marked."
-    a, b = (re.findall(r"\s+|\S+", t) for t in (before, after))
-    if len(a) * len(b) > 4_000_000: return _esc(after)
+    for pattern, same in ((r"\s+|\S+", str), (r"\S+\s*|\s+", str.strip)):       # spaces between long texts match too often
+        a, b = (re.findall(pattern, t) for t in (before, after))
+        one, other = (list(map(same, words)) for words in (a, b))
+        if _steps(one, other) < 3_000_000: break
+    else: return _esc(after)
     put = lambda tag, words: f"<{tag}>{_esc(''.join(words))}</{tag}>" if words else ""
-    parts = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    parts = difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes()
     return "".join(_esc("".join(b[k:l])) if op == "equal" else put("del", a[i:j]) + put("ins", b[k:l]) for op, i, j, k, l in parts)
 
 # %% ../nbs/12_view.ipynb #0bd37872
@@ -221,6 +230,7 @@ def report(self: STaSC,
           ) -> Path:                    # where it was written
     "Write curves, tables, settings and the trajectory browser into one HTML file that needs nothing else."
     d, path = _of_run(self, limit), Path(path or self.dir/"report.html")
+    if path.is_dir(): raise StoreError(f"{path} cannot be written: Is a directory")
     ended = f"<p>{_esc(self.ended)}</p>" if self.ended else ""
     before = f"<h1>{_esc(_title(self))}</h1><p>{_esc(self.variant.words)}; {d['n']:,} trajectories shown.</p>{ended}{_settings_html(self)}{_summary_html(self)}<h2>Trajectories</h2>"
     with whole(path) as tmp: tmp.write_text(html_page(_title(self), d, before), encoding="utf-8", newline="\n")

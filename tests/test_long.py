@@ -66,7 +66,7 @@ def test_report_pictures_and_measures_never_hold_the_whole_table(run, tmp_path, 
 
 
 def test_memory_of_the_measures_grows_by_bytes_for_each_trajectory_and_not_by_texts(tmp_path):
-    def long_winded(prompt, rng, skill): return "word " * 400 + f"\nFinal Answer: {rng.randrange(7)}"
+    def long_winded(prompt, rng, skill): return "word " * 400 + f"\nFinal Answer: {rng.choice('7123')}"
     def peak(n):
         cfg = Config(iterations=1, n_init=2, n_corr=3, n_train=n, n_test=2, part_size=8, filter="improving", data="own")
         run = STaSC(cfg, tmp_path / str(n), data=Data(ask(n, "train"), ask(2, "test")), engine=ScriptedEngine(long_winded), callbacks=[]).run()
