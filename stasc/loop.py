@@ -18,7 +18,7 @@ from .filter import apply_filter, pair
 from .label_free import check_label_free, label_free_reward, majority_answer
 from .prompt import Prompter, PromptSet, _checked, prompts_of
 from .reward import final_answer, judge, reward_name
-from .store import RunDir, part_name, read_json
+from .store import RunDir, _check, part_name, read_json
 from .task import reward_of
 from .train import Engine, Example, ScriptedEngine
 
@@ -416,7 +416,7 @@ def _make(self, n):
         began = time.perf_counter()
         metrics = self._measure(n)
         self._prune(n)                                              # before the iteration counts as complete: a kill between the two is made good
-        self.dir.write_json(f"iter_{n:02d}/metrics.json", metrics)
+        self.dir.write_json(f"iter_{n:02d}/metrics.json", metrics | dict(check=_check(metrics)))
         if self.n_done <= n: raise StoreError(f"{self.dir/'manifest.jsonl'} is not what iteration {n} made ({min(self._astray(n))}); delete the lines with that name and resume the run")
         it = self[n]
         self.dir.log(iteration=n, phase="metrics", seconds=round(time.perf_counter() - began, 3), model_seconds=0.)
@@ -532,7 +532,8 @@ def _getitem(self, n: int) -> Iteration:
 def _read_metrics(self, n):
     f = self.dir/f"iter_{n:02d}"/"metrics.json"
     metrics = read_json(f, "delete it and resume the run")
-    if not _are_metrics(metrics, n): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
+    check = metrics.pop("check", None) if isinstance(metrics, dict) else None         # older versions wrote none
+    if not _are_metrics(metrics, n) or check not in (None, _check(metrics)): raise StoreError(f"{f} is damaged, or holds no metrics; delete it and resume the run")
     return metrics
 
 def _are_metrics(m, n):
