@@ -38,6 +38,10 @@ def scripted(out, **options):
     return STaSC(cfg, out, data=Data(ask("train", 5), ask("test", 3)), engine=ScriptedEngine(numbers), callbacks=[]).run()
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory): return scripted(tmp_path_factory.mktemp("short") / "run", iterations=1)
+
+
 # --- the sketch's failure
 
 def test_ten_questions_and_three_rounds_stay_under_50_mb_and_the_store_is_there_for_another(star):
@@ -172,8 +176,8 @@ def test_an_external_function_is_asked_once_for_each_path(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1.0001, -0.1, math.inf, "0.5", None, [0.5], "raise"], ids=str)
-def test_what_is_no_confidence_is_refused_and_the_path_is_named(tmp_path, bad):
-    run, calls = scripted(tmp_path / "run", iterations=1), []
+def test_what_is_no_confidence_is_refused_and_the_path_is_named(short, bad):
+    run, calls = short, []
     def outside(question, text, answer):
         calls.append(1)
         if len(calls) < 4: return 0.5
