@@ -7,10 +7,10 @@ __all__ = ['GPUS', 'Plan', 'Config', 'Question', 'Sample', 'SamplingParams', 'St
            'load_questions', 'read_questions', 'by_couple', 'fact_error', 'fact_questions', 'make_world',
            'question_kind', 'reasons', 'FILTERS', 'apply_filter', 'pair', 'Live', 'Iteration', 'STaSC', 'split_metrics',
            'MEASURES', 'by_iteration', 'compare', 'gap', 'kept_correlation', 'measure', 'over_seeds', 'paper_table',
-           'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match', 'final_answer',
-           'get_reward', 'in_accuracy', 'judge', 'math_equal', 'multiple_choice', 'register', 'rouge_l', 'token_f1',
-           'yes_no', 'baselines', 'baselines_of', 'STaR', 'sc', 'Sweep', 'sweep', 'TASKS', 'configure', 'reward_of',
-           'task_of', 'CurveExplorer', 'FilterExplorer', 'PromptInspector', 'RewardDebugger']
+           'PathStore', 'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match',
+           'final_answer', 'get_reward', 'in_accuracy', 'judge', 'math_equal', 'multiple_choice', 'register', 'rouge_l',
+           'token_f1', 'yes_no', 'baselines', 'baselines_of', 'STaR', 'sc', 'Sweep', 'sweep', 'TASKS', 'configure',
+           'reward_of', 'task_of', 'CurveExplorer', 'FilterExplorer', 'PromptInspector', 'RewardDebugger']
 
 # %% ../nbs/16_all.ipynb #a696204d
 import stasc.view                                   # gives `STaSC` its `browse` and `report`
@@ -22,6 +22,7 @@ from .filter import FILTERS, apply_filter, pair
 from .live import Live
 from .loop import Iteration, STaSC, split_metrics
 from .metrics import MEASURES, by_iteration, compare, gap, kept_correlation, measure, over_seeds, paper_table
+from .paths import PathStore
 from .patterns import PATTERNS, TAGS, add_pattern, examples, label, pattern_counts
 from .plan import GPUS, Plan
 from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, multiple_choice, register, rouge_l, token_f1, yes_no
@@ -35,7 +36,7 @@ _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "Stas
          "by_couple", "fact_error", "fact_questions", "make_world", "question_kind", "reasons",
          "FILTERS", "apply_filter", "pair", "Live", "Iteration", "STaSC", "split_metrics",
          "MEASURES", "by_iteration", "compare", "gap", "kept_correlation", "measure", "over_seeds", "paper_table",
-         "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
+         "PathStore", "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
          "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "math_equal", "multiple_choice", "register", "rouge_l", "token_f1", "yes_no",
          "baselines", "baselines_of", "STaR", "sc", "Sweep", "sweep", "TASKS", "configure", "reward_of", "task_of",
          "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]

@@ -40,7 +40,7 @@ class Question:
     "A question with its reference answers."
     id: str                         # unique in the data set
     text: str                       # what the model is asked
-    references: tuple[str, ...]     # accepted answers, at least one
+    references: tuple[str, ...]     # accepted answers, at least one (none: see `label_free`)
     context: str|None = None        # a passage to read, where the data set has one
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class Config:
     task: str = opt("auto", "what kind of questions: prompts and reward that go together, e.g. qa, yes_no, math; auto: what data says")
     reward: str = opt("auto", "name of a registered reward; auto: the task's")
     scope: str = opt("final", "judge the final answer alone or the full text", choices=("final", "full"))
+    label_free: str = opt("off", "what questions without references are judged by: the text's confidence, or agreement of the answers", choices=("off", "confidence", "agreement"))
     prompts: str = opt("auto", "prompt set: a packaged name or a YAML file; auto: the task's")
     run_code: bool = opt(False, "allow a reward to run programs that the model wrote, on this machine (see stasc.runner)")
     shots: int = opt(2, "examples in the correction prompt", 0, 100)

@@ -22,12 +22,13 @@ def _column(kind: str,          # key of _COLUMNS
             columns: list[str], # columns there are
             given: str|None,    # column that was asked for
             source: str,        # for the message
-           ) -> str|None:       # None only for id, context and choices, which may be missing
+            bare: bool = False, # may questions go without references
+           ) -> str|None:       # None only for what may be missing
     "The column that holds `kind`."
     lower = {str(c).strip().lower(): c for c in reversed(columns)}
     column = given if given in columns else None if given else next((lower[k] for k in _COLUMNS[kind] if k in lower), None)
-    if column is not None or kind not in ("question", "reference"): return column
-    there = f"it has {', '.join(map(str, columns))}; name one with {kind}_column"
+    if column is not None or kind not in ("question", "reference") or bare and kind == "reference" and not given: return column
+    there = f"it has {', '.join(map(str, columns))}; name one with {kind}_column" + (", or set label_free where there are none" if kind == "reference" else "")
     raise DataError(f"{source}: no column {given!r}: {there}" if given else f"{source}: no {kind} column ({', '.join(_COLUMNS[kind])}): {there}")
 
 # %% ../nbs/02_data.ipynb #0eadb505
@@ -64,27 +65,34 @@ def _questions(source: str,     # file or data set, for messages
                stem: str,       # what made-up ids begin with
                rows,            # pairs (place, row)
                question_column: str|None = None, reference_column: str|None = None,
+               bare: bool = False,  # may questions go without references
               ) -> list[Question]:
     "Check every row and make a question of it."
     out, columns = [], None
     for n, (place, row) in enumerate(rows, 1):
         if not isinstance(row, dict): raise DataError(f"{source}, {place}: expected an object with columns, found {_short(row)}")
-        columns = columns or {k: _column(k, list(row), dict(question=question_column, reference=reference_column).get(k), source) for k in _COLUMNS}
-        out.append(_question(f"{source}, {place}", f"{stem}-{n}", row, columns))
+        columns = columns or {k: _column(k, list(row), dict(question=question_column, reference=reference_column).get(k), source, bare) for k in _COLUMNS}
+        if columns["reference"] is None: columns["reference"] = _column("reference", list(row), reference_column, source, bare)     # the first row with one names it
+        out.append(_question(f"{source}, {place}", f"{stem}-{n}", row, columns, bare))
     if not out: raise DataError(f"{source}: holds no questions")
     return _unique_ids(out, source)
 
-def _question(where, made_id, row, columns) -> Question:
-    for kind in ("question", "reference", "id"):
+def _question(where, made_id, row, columns, bare=False) -> Question:
+    for kind in ("question", *(() if bare else ("reference",)), "id"):
         if columns[kind] is not None and columns[kind] not in row: raise DataError(f"{where}: no column {columns[kind]!r}, it has {', '.join(map(str, row))}")
     at = {k: f"{where}, column {c!r}" for k, c in columns.items()}
     text, context = row[columns["question"]], row.get(columns["context"])
     if not (text is None or isinstance(text, str)): raise DataError(f"{at['question']}: {_short(text)} is no text, so no question")
     if not _text(text, at["question"]).strip(): raise DataError(f"{at['question']}: the question is empty: fill it in or remove the row")
-    given, answer = row.get(columns["choices"]), row[columns["reference"]]
-    listed, references = _choices(given, answer, at["choices"]) if given else ("", _references(answer, at["reference"]))
+    given, answer = row.get(columns["choices"]), row.get(columns["reference"])
+    if bare and _empty(answer): listed, references = _choices(given, 0, at["choices"])[0] if given else "", ()
+    else: listed, references = _choices(given, answer, at["choices"]) if given else ("", _references(answer, at["reference"]))
     return Question(made_id if columns["id"] is None else _text(row[columns["id"]], at["id"]), text.strip() + listed,
                     references, None if context is None else _text(context, at["context"]))
+
+def _empty(value) -> bool:
+    if isinstance(value, dict) and {"text", "value"} & set(value): value = value.get("text", value.get("value"))
+    return value is None or isinstance(value, float) and value != value or isinstance(value, (str, list)) and not value or isinstance(value, str) and not value.strip()
 
 # %% ../nbs/02_data.ipynb #e855302f
 def _choices(value, answer, where: str) -> tuple[str, tuple[str, ...]]:     # lines to go under the question, references
@@ -172,13 +180,14 @@ _READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv
 def read_questions(path,                                # JSONL, JSON, CSV, TSV or Parquet file
                    question_column: str|None = None,    # column with the question; default: recognised
                    reference_column: str|None = None,   # column with the references; default: recognised
+                   bare: bool = False,                  # may questions go without references
                   ) -> list[Question]:                  # in the order of the file
     "Read the questions in a local file."
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
     if not path.is_file(): raise DataError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
     if not reader: raise DataError(f"{path}: " + unknown("file type", path.suffix, _READERS))
-    try: return _questions(str(path), path.stem, reader(path), question_column, reference_column)
+    try: return _questions(str(path), path.stem, reader(path), question_column, reference_column, bare)
     except OSError as e: raise DataError(f"{path}: cannot be read ({e.strerror or e})") from None
 
 # %% ../nbs/02_data.ipynb #cfe95277
@@ -230,7 +239,7 @@ def check_leak(train: list[Question], test: list[Question]) -> None:
 def _empty_references(questions) -> list[str]:
     "Notes on references that are empty after normalisation."
     some = [q.id for q in questions if not all(map(normalise, q.references))]
-    none = [q.id for q in questions if not any(map(normalise, q.references))]
+    none = [q.id for q in questions if q.references and not any(map(normalise, q.references))]
     notes = [f"questions with a reference that no answer matches, as it is punctuation or articles alone: {len(some)} ({_few(some)})"] if some else []
     return notes + ([f"questions with no other reference, which can never be answered right: {len(none)} ({_few(none)})"] if none else [])
 
@@ -352,10 +361,7 @@ def _rewritten(preset, row, where):
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
         raise DataError(f"{where}: the row has not the form that the preset knows ({type(e).__name__}: {e}): {_short(row)}") from None
 
-def _blank(row, preset) -> bool:
-    question, reference = row.get(preset.question), row.get(preset.reference)
-    empty = lambda v: v is None or isinstance(v, (str, list)) and not v or isinstance(v, str) and not v.strip()
-    return empty(question) or empty(reference.get("text", reference.get("value")) if isinstance(reference, dict) else reference)
+def _blank(row, preset) -> bool: return _empty(row.get(preset.question)) or _empty(row.get(preset.reference))
 
 # %% ../nbs/02_data.ipynb #e4ee00c9
 def _hub_rows(preset: Preset, split: str, revision: str|None = None):
@@ -432,7 +438,7 @@ def _pool(name: str, side: str, cfg: Config, n: int) -> tuple[list[Question], li
     preset = source.preset
     if side == "train" and preset and preset.train is None:
         raise DataError(f"{name} is for tests alone and nothing is trained on it: give it as test_data, and other questions as data")
-    if source.path: pool = _sliced(_local(source, columns, notes), source.rows, name)
+    if source.path: pool = _sliced(_local(source, columns, notes, cfg.label_free != "off"), source.rows, name)
     elif preset.make:
         if source.part or source.revision: raise DataError(f"{name}: questions of this preset are made on the spot and have no parts: leave out what follows its name")
         return preset.make(getattr(preset, side) or preset.train, n), []
@@ -440,9 +446,9 @@ def _pool(name: str, side: str, cfg: Config, n: int) -> tuple[list[Question], li
     pool, more = _ordered(pool, name if source.path else f"{preset.hub} (split {source.part or getattr(preset, side) or preset.train})")
     return pool, notes + more
 
-def _local(source, columns, notes):
+def _local(source, columns, notes, bare=False):
     "Questions of a file, in a preset's columns where it stands behind the name of one."
-    if not source.preset: return read_questions(source.path, *columns)
+    if not source.preset: return read_questions(source.path, *columns, bare)
     if source.preset.make: raise DataError(f"{source.name}: questions of this preset are made on the spot; for those of a file give the file alone")
     path = Path(source.path)
     if not path.is_file(): raise DataError(f"{path}: no such file")
@@ -466,6 +472,7 @@ def load_questions(cfg: Config, # data, test_data, question_column, reference_co
         train, test = _first(pool, cfg.n_train, "train", cfg.data), _first(test_pool, cfg.n_test, "test", cfg.test_data or cfg.data)
         notes += more + leaked
     notes += _empty_references([*train, *test]) + _graded(cfg)
+    if cfg.label_free != "off" and all(q.references for q in train): notes.append(f"{cfg.data}: every training question has a reference, so label_free = {cfg.label_free!r} changes nothing")
     _warned(notes)
     return Data(tuple(train), tuple(test), tuple(notes))
 

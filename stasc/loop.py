@@ -15,8 +15,9 @@ import pandas as pd
 from .core import Config, ConfigError, DataError, Question, StoreError, Variant, derive_seed, visible
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
+from .label_free import check_label_free, label_free_reward, majority_answer
 from .prompt import Prompter, PromptSet, prompts_of
-from .reward import judge, reward_name
+from .reward import final_answer, judge, reward_name
 from .store import RunDir, part_name, read_json
 from .task import reward_of
 from .train import Engine, Example, ScriptedEngine
@@ -42,7 +43,8 @@ class Iteration:
 
     def __repr__(self):
         kept = f"{self.metrics['n_kept']:6} kept" if self.n else "             "
-        line = lambda s: "r(Y1) {acc_t1:.3f}  r(Y2) {acc_t2:.3f}".format(**self.metrics[s])
+        free = self.metrics.get("label_free", {})
+        line = lambda s: "r(Y1) {acc_t1:.3f}  r(Y2) {acc_t2:.3f}".format(**self.metrics[s]) + (" (label-free)" if free.get(s) else "")
         return f"M_{self.n:<3}{kept}   train {line('train')}   test {line('test')}"
 
     def _repr_html_(self): return _iteration_html(self)
@@ -56,10 +58,10 @@ def _table_html(head, rows):
     return f"<table style='{_CSS[0]}'><tr>{''.join(cell('th', h) for h in head)}</tr>{body}</table>"
 
 def _iteration_html(it):
-    num = lambda s, k: f"{it.metrics[s][k]:.3f}"
+    num, free = lambda s, k: f"{it.metrics[s][k]:.3f}", it.metrics.get("label_free", {})
     made = f", trained on {it.metrics['n_kept']:,} kept corrections" if it.n else ", the base"
     rates = _table_html(["", "r(Y&#770;&sup1;)", "r(Y&#770;&sup2;)", "wrong → right", "right → wrong"],
-                        [[s, *(num(s, k) for k in ("acc_t1", "acc_t2", "i_to_c", "c_to_i"))] for s in ("train", "test")])
+                        [[s + (" (label-free)" if free.get(s) else ""), *(num(s, k) for k in ("acc_t1", "acc_t2", "i_to_c", "c_to_i"))] for s in ("train", "test")])
     shown = [(w, t) for w, t in (("fixed", it.fixed), ("broken", it.broken)) if t]
     texts = _table_html(["", "question", "initial answer", "correction", "reference"],
                         [[w, *(html.escape(visible(str(t[k]))) for k in ("question", "init_text", "corr_text", "reference"))] for w, t in shown])
@@ -100,7 +102,7 @@ class STaSC:
         if reward: cfg = cfg.replace(reward=reward_name(reward))
         if cfg.reward == "<lambda>": raise ConfigError("reward: give the function a name (def ...), by which a run can be told from others")
         self.cfg, self.variant, self._reward, self._prompts = cfg, Variant(cfg.variant), reward, None
-        if data: _check_data(data)
+        if data: _check_data(data, cfg)
         if lm := getattr(engine, "lm", None): _same_model(lm.cfg, cfg)
         self.dir = RunDir(out or default_out(cfg))
         self.dir.check_same(cfg)
@@ -118,12 +120,13 @@ class STaSC:
         return run
 
 # %% ../nbs/09_loop.ipynb #dbafc4bd
-def _check_data(data):
+def _check_data(data, cfg):
     "Questions that were handed over are checked as those from a file are."
     for split in (data.train, data.test):
         if twice := [i for i, n in Counter(q.id for q in split).items() if n > 1]:
             raise DataError(f"data: {len(twice)} ids stand for more than one question ({', '.join(map(repr, twice[:3]))}); give each question its own")
     check_leak(data.train, data.test)
+    check_label_free(cfg, data)
 
 def _same_model(there, cfg):
     diff = [k for k in ("model", "finetune", "lora_r", "lora_alpha", "lora_dropout", "device", "dtype") if getattr(there, k) != getattr(cfg, k)]
@@ -132,7 +135,8 @@ def _same_model(there, cfg):
 # %% ../nbs/09_loop.ipynb #da454d3c
 def default_out(cfg: Config) -> Path:
     "runs/MODEL-VARIANT[-FILTER]-seedN-HASH: the same settings, the same place."
-    fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if not Config.__dataclass_fields__[k].metadata["free"]})
+    later = dict(label_free="off")                                  # left out where they change nothing: older runs keep their place
+    fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if not Config.__dataclass_fields__[k].metadata["free"] and later.get(k) != v})
     model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".") or "model"
     variant = cfg.variant + (f"-{cfg.filter}" if cfg.filter else "")
     return Path("runs")/f"{model}-{variant}-seed{cfg.seed}-{hashlib.sha256(fixed.encode()).hexdigest()[:6]}"
@@ -154,7 +158,10 @@ def _stored_questions(path):
 # %% ../nbs/09_loop.ipynb #6be71083
 def _data_(self) -> Data:
     "The questions."
-    if self._data is None: self._data = load_questions(self.cfg)
+    if self._data is None:
+        data = load_questions(self.cfg)
+        check_label_free(self.cfg, data)
+        self._data = data
     return self._data
 
 def _engine_(self):
@@ -229,12 +236,19 @@ def _settle(self):
 STaSC._draw, STaSC._store, STaSC._settle, STaSC._writer, STaSC._pending = _draw, _store, _settle, None, None
 
 # %% ../nbs/09_loop.ipynb #18778c6c
-def _answer_columns(self, which, question, sample, index):
-    answer, reward = judge(sample.text, question.references, self.reward, self.cfg.scope)
+def _answer_columns(self, which, question, sample, index, agreed=None):
+    if question.references or self.cfg.label_free == "off": answer, reward = judge(sample.text, question.references, self.reward, self.cfg.scope)
+    else: reward = label_free_reward(self.cfg.label_free, answer := self._extract(sample.text), sample.logprob, agreed)
     s = sample
     values = dict(index=index, text=s.text, answer=answer, reward=reward, token_ids=list(s.token_ids), n_tokens=s.n_tokens,
                   finish_reason=s.finish_reason, seed=s.seed, logprob=s.logprob)
     return {f"{which}_{k}": v for k, v in values.items()}
+
+def _extract(self, text): return getattr(self.reward, "extract", final_answer)(text)
+
+def _agreed(self, question, texts):
+    "The majority answer of a question's initial answers, where it is asked for."
+    return majority_answer(map(self._extract, texts)) if self.cfg.label_free == "agreement" and not question.references else None
 
 def _draw_initial(self, n, phase, questions, count):
     "Step 1: initial answers of M_n to each question."
@@ -242,11 +256,12 @@ def _draw_initial(self, n, phase, questions, count):
     for part, qs in self._parts(n, phase, questions):
         seeds = [[derive_seed(self.cfg.seed, n, phase, q.id, j, 0) for j in range(count)] for q in qs]
         drawn = self._draw([self.prompter.initial(q) for q in qs], count, seeds)
-        rows = [dict(iteration=n, split=split, question_id=q.id) | self._answer_columns("init", q, s, j)
-                for q, samples in zip(qs, drawn) for j, s in enumerate(samples)]
+        agreed = [self._agreed(q, [s.text for s in samples]) for q, samples in zip(qs, drawn)]
+        rows = [dict(iteration=n, split=split, question_id=q.id) | self._answer_columns("init", q, s, j, a)
+                for q, samples, a in zip(qs, drawn, agreed) for j, s in enumerate(samples)]
         self._store(part_name(n, phase, part), rows, "initial")
 
-STaSC._answer_columns, STaSC._draw_initial = _answer_columns, _draw_initial
+STaSC._answer_columns, STaSC._extract, STaSC._agreed, STaSC._draw_initial = _answer_columns, _extract, _agreed, _draw_initial
 
 # %% ../nbs/09_loop.ipynb #15e1907c
 def _draw_corrections(self, n, phase, questions, count):
@@ -258,7 +273,8 @@ def _draw_corrections(self, n, phase, questions, count):
         asked = [(q, j, text) for q in qs for j, text in texts[q.id]]
         seeds = [[derive_seed(self.cfg.seed, n, phase, q.id, j, k) for k in range(count)] for q, j, _ in asked]
         drawn = self._draw(self._correction_prompts([(q, text) for q, _, text in asked]), count, seeds)
-        rows = [dict(iteration=n, split=split, question_id=q.id, init_index=j) | self._answer_columns("corr", q, s, k)
+        agreed = {q.id: self._agreed(q, [text for _, text in texts[q.id]]) for q in qs}
+        rows = [dict(iteration=n, split=split, question_id=q.id, init_index=j) | self._answer_columns("corr", q, s, k, agreed[q.id])
                 for (q, j, _), samples in zip(asked, drawn) for k, s in enumerate(samples)]
         self._store(part_name(n, phase, part), rows, "corrections")
 
@@ -428,6 +444,7 @@ def _measure(self, n) -> dict:
     if n and not self.variant.evolving_init:
         t = self.dir.table(n, "transfer.test", token_ids=False)
         out["transfer"] = dict(n=len(t), acc_t1=float(t.init_reward.mean()))
+    if self.cfg.label_free != "off": out["label_free"] = {s: sum(not q.references for q in getattr(self.data, s)) for s in ("train", "test")}
     return out
 
 def _rewards(self, n, split):
@@ -493,7 +510,8 @@ def _table(self) -> pd.DataFrame:
 def _repr(self):
     state = "complete" if self.n_done > self.cfg.iterations else f"{self.n_done} of the models M_0 to M_{self.cfg.iterations}"
     if self.n_done: state += f", {self.dir.disk_use() / 1e6:.1f} MB"
-    return f"STaSC {self.cfg.variant} ({self.variant.words}) on {self.cfg.model}, {state}, in {self.dir.path.as_posix()}"
+    free = f", label-free by {self.cfg.label_free}" if self.cfg.label_free != "off" else ""
+    return f"STaSC {self.cfg.variant} ({self.variant.words}){free} on {self.cfg.model}, {state}, in {self.dir.path.as_posix()}"
 
 STaSC.table, STaSC.__repr__ = _table, _repr
 STaSC._repr_html_ = lambda self: f"<p>{html.escape(repr(self))}</p>" + (self.table().to_html(border=0) if self.n_done else "")
@@ -510,7 +528,8 @@ def _curves(self):          # matplotlib Figure
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     m = self.metrics
     for column, label, colour, style in _CURVES:
-        if column in m: ax.plot(m.index, m[column], style, color=colour, label=label, markersize=5)
+        free = m.get("label_free_train" if column.startswith("train") else "label_free_test", pd.Series([0])).any()
+        if column in m: ax.plot(m.index, m[column], style, color=colour, label=label + " (label-free)" * bool(free), markersize=5)
     ax.set(xlabel="iteration $n$ (0 is $M_0$)", ylabel="mean reward", ylim=(0, 1), title=f"STaSC {self.cfg.variant}, {Path(self.cfg.model).name}, seed {self.cfg.seed}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=9)
@@ -544,8 +563,8 @@ def _evaluate(self, questions: list[Question],
     e.use(self._model_folder(n))
     prompts = [self.prompter.correction(q, s.text) for q, s in zip(questions, first)]
     second = [s[0] for s in e.sample(prompts, 1, params, seeds("correction"))]
-    rows = [dict(question_id=q.id, question=q.text, iteration=n) | self._answer_columns("init", q, a, 0) | self._answer_columns("corr", q, b, 0)
-            for q, a, b in zip(questions, first, second)]
+    rows = [dict(question_id=q.id, question=q.text, iteration=n) | self._answer_columns("init", q, a, 0, g) | self._answer_columns("corr", q, b, 0, g)
+            for q, a, b, g in zip(questions, first, second, (self._agreed(q, [a.text]) for q, a in zip(questions, first)))]
     return pd.DataFrame(rows).drop(columns=["init_token_ids", "corr_token_ids"])
 
 STaSC.evaluate = _evaluate

@@ -95,9 +95,9 @@ def _say(self, n):
     self._draw_initial(n, "initial.test", self.data.test, self.cfg.n_test_init)
 
 def _failed(self, n):
-    "Questions of which no rationale was right, each with its first one."
+    "Questions of which no rationale was right, each with its first one; a hint needs a reference to give."
     t = self.dir.table(n, "initial.train", token_ids=False).groupby("question_id", sort=False).agg(best=("init_reward", "max"), text=("init_text", "first"))
-    return [(q, t.text[q.id]) for q in self.data.train if t.best[q.id] < self.cfg.threshold]
+    return [(q, t.text[q.id]) for q in self.data.train if q.references and t.best[q.id] < self.cfg.threshold]
 
 def _draw_hinted(self, n):
     "Rationalisation."
