@@ -7,7 +7,7 @@ __all__ = ['ShareError', 'choose', 'figures', 'seed_figures', 'model_card', 'sav
            'sft_rows', 'dpo_rows', 'write_rows']
 
 # %% ../nbs/14a_share.ipynb #d6d46d40
-import contextlib, fnmatch, hashlib, html, json, re, shutil, tempfile
+import contextlib, fnmatch, hashlib, html, itertools, json, re, shutil, tempfile
 from pathlib import Path
 import pandas as pd
 import stasc
@@ -346,7 +346,8 @@ def _learned(run, iterations, form):
             row = dict(iteration=n, question_id=r.question_id)
             if form == "tokens":
                 ids = render(tokenizer, messages(r.question_id, r.init_text))
-                yield dict(input_ids=[*ids, *map(int, r.corr_token_ids)], completion_mask=[0] * len(ids) + [1] * len(r.corr_token_ids), **row)
+                learned = list(map(int, r.corr_token_ids))
+                yield dict(input_ids=ids + learned, labels=[-100] * len(ids) + learned, **row)
             else: yield dict(prompt=prompt(messages(r.question_id, r.init_text)), completion=say(r.corr_text), **row)
 
 def _preferred(run, iterations, form):
@@ -372,7 +373,7 @@ def rows(run,
     if kind not in ("sft", "dpo"): raise ShareError(f"kind = {kind!r}: expected 'sft' or 'dpo'")
     if tokens and (messages or kind == "dpo"): raise ShareError("tokens: only rows for SFT can be made of token ids, and then not of messages")
     form = "tokens" if tokens else "messages" if messages else "text"
-    make, key = dict(sft=(_learned, ("input_ids", "completion_mask") if tokens else ("prompt", "completion")), dpo=(_preferred, ("prompt", "chosen", "rejected")))[kind]
+    make, key = dict(sft=(_learned, ("input_ids", "labels") if tokens else ("prompt", "completion")), dpo=(_preferred, ("prompt", "chosen", "rejected")))[kind]
     return _new(make(run, _iterations(run, iterations), form), key)
 
 # %% ../nbs/14a_share.ipynb #bf1ab08a
@@ -380,17 +381,17 @@ def _dataset(run, kind, iterations, messages=False, tokens=False, cache_dir=None
     "The rows as a `Dataset`, which lies on disk in datasets' cache and is written there row by row."
     import datasets
     made = rows(run, kind, iterations, messages, tokens)
+    if (first := next(made, None)) is None: raise ShareError(_none(run, kind))
     V, names = datasets.Value, dict(sft=("prompt", "completion"), dpo=("prompt", "chosen", "rejected"))[kind]
-    texts = dict(input_ids=datasets.Sequence(V("int32")), completion_mask=datasets.Sequence(V("int8"))) if tokens else \
+    texts = dict(input_ids=datasets.Sequence(V("int32")), labels=datasets.Sequence(V("int32"))) if tokens else \
         {k: [dict(role=V("string"), content=V("string"))] if messages else V("string") for k in names}
     what = [stasc.__version__, kind, _iterations(run, iterations), messages, tokens, run.cfg.to_dict(), _tokenizer(run).name_or_path, [e["sha256"] for e in run.dir.manifest.values()]]
     shown = datasets.is_progress_bar_enabled()
     if shown: datasets.disable_progress_bars()
-    try: out = datasets.Dataset.from_generator(lambda: made, features=datasets.Features(**texts, iteration=V("int32"), question_id=V("string")), cache_dir=cache_dir,
+    try: out = datasets.Dataset.from_generator(lambda: itertools.chain([first], made), features=datasets.Features(**texts, iteration=V("int32"), question_id=V("string")), cache_dir=cache_dir,
                                                fingerprint=hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16])
     finally:
         if shown: datasets.enable_progress_bars()
-    if not len(out): raise ShareError(_none(run, kind))
     return out
 
 def _none(run, kind): return f"{run.dir.path} has no {'kept corrections' if kind == 'sft' else 'kept and dropped corrections of one prompt'} to make rows of"
@@ -400,7 +401,7 @@ def sft_rows(run,
              messages: bool = False,    # conversations in place of rendered text
              tokens: bool = False,      # token ids in place of text
              cache_dir=None):           # where the rows lie; None: datasets' cache
-    "Corrections that were kept, as TRL's `SFTTrainer` takes them: prompt, completion (or input_ids, completion_mask)."
+    "Corrections that were kept, as TRL's `SFTTrainer` takes them: prompt, completion (or input_ids, labels)."
     return _dataset(run, "sft", iterations, messages, tokens, cache_dir)
 
 def dpo_rows(run,

@@ -7,11 +7,13 @@ import math
 import os
 import shutil
 import warnings
+from importlib.resources import files
 from itertools import islice
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from markdown_it import MarkdownIt
 
@@ -21,13 +23,12 @@ from stasc.core import Config, ConfigError, DataError, Question, StascError
 from stasc.data import Data
 from stasc.loop import STaSC
 from stasc.model import embedded_path
-from stasc.prompt import PromptSet, prompt_set
 from stasc.share import (ShareError, choose, dpo_rows, figures, load_shared, model_card, push_to_hub, rows, save_adapter, seed_figures,
                          sft_rows, write_rows)
 from stasc.train import Engine, ScriptedEngine, reports
 
 warnings.filterwarnings("ignore", category=FutureWarning)
-small = dict(device="cpu", train_batch=4, n_train=24, n_test=8, n_init=2, n_corr=4, part_size=10, max_new_tokens=48, sample_batch=256)
+small = dict(device="cpu", train_batch=4, n_train=20, n_test=6, n_init=2, n_corr=4, part_size=10, max_new_tokens=48, sample_batch=256)
 
 
 def teach(folder, engine, **changes):
@@ -59,15 +60,21 @@ def numbers(prompt, rng, skill):
 
 def scripted(folder, text="{} number {}?", **options):
     def ask(n, s): return tuple(Question(f"{s}{i}", text.format(s, i), ("7",)) for i in range(n))
-    cfg = Config(**dict(iterations=3, n_init=2, n_corr=3, n_train=6, n_test=5, part_size=2, data="own") | options)
-    return STaSC(cfg, folder, data=Data(ask(6, "train"), ask(5, "test")), engine=ScriptedEngine(numbers), callbacks=[]).run()
+    cfg = Config(**dict(iterations=2, n_init=2, n_corr=3, n_train=6, n_test=4, part_size=3, data="own") | options)
+    return STaSC(cfg, folder, data=Data(ask(6, "train"), ask(4, "test")), engine=ScriptedEngine(numbers), callbacks=[]).run()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return scripted(tmp_path_factory.mktemp("runs") / "plain")
 
 
 # --- which model
 
-def test_choice_never_looks_at_the_held_out_figures(tmp_path):
-    run = scripted(tmp_path / "run")
-    assert choose(run)[0] == 3 and choose(run, -3)[0] == 1 and choose(run, 2)[0] == 2
+def test_choice_never_looks_at_the_held_out_figures(plain, tmp_path):
+    shutil.copytree(plain.dir.path, tmp_path / "run")
+    run = STaSC.open(tmp_path / "run", engine=plain.engine, callbacks=[])
+    assert choose(run)[0] == 2 and choose(run, -2)[0] == 1 and choose(run, 1)[0] == 1
     train = run.metrics.train_acc_t2[1:]
     n, why = choose(run, "best")
     assert n == train.idxmax() and "training questions" in why and f"{train.max():.3f}" in why
@@ -82,18 +89,18 @@ def test_choice_never_looks_at_the_held_out_figures(tmp_path):
     assert "played no part" in choose(run, "best", other)[1]
 
 
-@pytest.mark.parametrize("iteration", [0, 4, -4, True, 1.0, "last", [1]])
-def test_an_iteration_that_is_not_there_is_refused(tmp_path, iteration):
-    run = scripted(tmp_path / "run")
-    with pytest.raises(ShareError, match="iteration"): choose(run, iteration)
+@pytest.mark.parametrize("iteration", [0, 3, -3, True, 1.0, "last", [1]])
+def test_an_iteration_that_is_not_there_is_refused(plain, iteration):
+    with pytest.raises(ShareError, match="iteration"): choose(plain, iteration)
 
 
-def test_nothing_to_share_yet(tmp_path):
+def test_nothing_to_share_yet(plain, tmp_path):
     run = STaSC(Config(data="own"), tmp_path / "run", data=Data([Question("1", "a", ("b",))], [Question("2", "c", ("d",))]), engine=ScriptedEngine(numbers))
-    for f in (choose, model_card, sft_rows): 
+    for f in (choose, model_card, sft_rows):
         with pytest.raises(ShareError, match="no fine-tuned model yet"): f(run)
-    other = scripted(tmp_path / "other")
-    with pytest.raises(ShareError, match="adapter_config.json"): save_adapter(other, tmp_path / "x")
+    with pytest.raises(ShareError, match="adapter_config.json"): save_adapter(plain, tmp_path / "x")
+    shutil.copytree(plain.dir.path, tmp_path / "other")
+    other = STaSC.open(tmp_path / "other", callbacks=[])
     (other.dir / "star.json").write_text("{}")
     with pytest.raises(ShareError, match="STaR"): model_card(other)
 
@@ -116,7 +123,7 @@ def test_card_is_what_the_hub_reads(run):
                       for i, w in ((1, "first answers"), (2, "corrections"))}
     assert f.acc_t2 == run.metrics.test_acc_t2[2] and f.c_to_i == run.metrics.test_c_to_i[2]
     assert "license" not in model_card(run).split("---")[1]
-    for said in ("Evolving Initialization", "improving", "exact\\_match", "8 from arithmetic", "seed 0", "Noise in pre-training", "learning_rate", "the last one", "torch "): assert said in text
+    for said in ("Evolving Initialization", "improving", "exact\\_match", "6 from arithmetic", "seed 0", "Noise in pre-training", "learning_rate", "the last one", "torch "): assert said in text
 
 
 def test_card_of_a_hub_data_set_and_model(tmp_path):
@@ -131,9 +138,9 @@ HOSTILE = "<script>alert(1)</script>|`*_[x](javascript:1)\n---\nlicense: mit\n``
 
 
 def test_hostile_text_stays_text(tmp_path):
-    prompts = PromptSet(HOSTILE, dict(system=HOSTILE, user="{question}\n````\n<script>"), dict(user="{question} {initial_answer}\n---\n</code><script>"))
-    run = scripted(tmp_path / "run", HOSTILE, data=HOSTILE.replace("/", "") + ".jsonl", prompts="own.yaml", reward="exact_match", model="../<script>\n---\nx: y")
-    run._prompts = prompts
+    prompts = dict(name=HOSTILE, initial=dict(system=HOSTILE, user="{question}\n````\n<script>"), correction=dict(user="{question} {initial_answer}\n---\n</code><script>"))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(prompts))
+    run = scripted(tmp_path / "run", HOSTILE, data=HOSTILE.replace("/", "") + ".jsonl", prompts=str(tmp_path / "own.yaml"), reward="exact_match", model="../<script>\n---\nx: y")
     text = model_card(run, license="x\n---\n<script>", base_model=None)
     data = ModelCard(text).data.to_dict()
     assert set(data) == {"library_name", "pipeline_tag", "tags", "license", "model-index"}
@@ -144,20 +151,19 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_names_of_local_files_lose_their_path(tmp_path):
-    run = scripted(tmp_path / "run", data=str(tmp_path / "secret/own.jsonl"), model=str(tmp_path / "models/qwen"), prompts=str(tmp_path / "p.yaml"), reward="exact_match")
-    run._prompts = prompt_set("default")
+    run = scripted(tmp_path / "run", data=str(tmp_path / "secret/own.jsonl"), model=str(tmp_path / "models/qwen"), prompts=shutil.copy(files("stasc") / "prompts/default.yaml", tmp_path / "p.yaml"), reward="exact_match")
     text = model_card(run)
     assert str(tmp_path) not in text and "own.jsonl" in text and "qwen" in text and "number 0?" not in text
 
 
 def test_card_over_seeds(tmp_path):
     runs = [scripted(tmp_path / f"run{s}", seed=s) for s in range(3)]
-    t = seed_figures(runs, 3)
-    x = pd.Series([r.metrics.test_acc_t2[3] for r in runs])
+    t = seed_figures(runs, 2)
+    x = pd.Series([r.metrics.test_acc_t2[2] for r in runs])
     half = 4.302652729911275 * x.std() / 3**.5
-    assert math.isclose(t.acc_t2[3], x.mean()) and math.isclose(t.acc_t2_hi[3], x.mean() + half)
+    assert math.isclose(t.acc_t2[2], x.mean()) and math.isclose(t.acc_t2_hi[2], x.mean() + half)
     text = model_card(runs)
-    assert "mean of seeds 0, 1, 2" in text and "| M_3, seed 0 |" in text and "over trainings" in text
+    assert "mean of seeds 0, 1, 2" in text and "| M_2, seed 0 |" in text and "over trainings" in text
     with pytest.raises(ShareError, match="more than the seed"): model_card([runs[0], scripted(tmp_path / "x", seed=9, n_corr=2)])
     with pytest.raises(DataError, match="count twice"): model_card([runs[0], runs[0]])
 
@@ -413,7 +419,7 @@ def test_rows_are_what_was_trained_on(tmp_path, options):
     ours = kept_examples(run)
     tokenizer = run.engine.tokenizer
     made = list(rows(run, "sft", tokens=True))
-    assert [(tuple(r["input_ids"][:sum(not m for m in r["completion_mask"])]), tuple(i for i, m in zip(r["input_ids"], r["completion_mask"]) if m)) for r in made] == ours
+    assert [(r["input_ids"], r["labels"]) for r in made] == [([*p, *c], [-100] * len(p) + [*c]) for p, c in ours]
     text = list(rows(run, "sft"))
     assert text == list(rows(STaSC.open(run.dir.path, engine=run.engine, callbacks=[]), "sft"))     # the same each time
     assert len({(r["prompt"], r["completion"]) for r in text}) == len(text)
