@@ -7,7 +7,7 @@ __all__ = ['Example', 'collate', 'hidden_states', 'head_logits', 'completion_los
            'passes', 'fine_tune', 'Engine', 'ScriptedEngine']
 
 # %% ../nbs/07_train.ipynb #7ac6fa50
-import contextlib, gc, math, os, random, sys, tempfile, time, warnings
+import contextlib, gc, logging, math, os, random, sys, tempfile, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Config, ConfigError, TrainError, unknown
@@ -112,6 +112,7 @@ def reports(cfg: Config) -> list[str]:      # empty for "none"
     "Where loss curves go besides; an unknown name, or one whose package is not installed, is refused."
     names = [n.strip() for n in cfg.report_to.split(",") if n.strip() not in ("", "none")]
     if not names: return names
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)      # comes along, and would like a kernel from the Hub
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
     for n in names:
         if n not in INTEGRATION_TO_CALLBACK: raise ConfigError(unknown("report_to", n, ["none", *INTEGRATION_TO_CALLBACK]))
