@@ -7,7 +7,7 @@ __all__ = ['ShareError', 'choose', 'figures', 'seed_figures', 'model_card', 'sav
            'sft_rows', 'dpo_rows', 'write_rows']
 
 # %% ../nbs/14a_share.ipynb #d6d46d40
-import contextlib, fnmatch, hashlib, html, itertools, json, re, shutil, tempfile
+import contextlib, fnmatch, hashlib, html, itertools, json, numbers, re, shutil, tempfile
 from pathlib import Path
 import pandas as pd
 import stasc
@@ -34,8 +34,8 @@ def choose(run,                                 # a run of STaSC
     if last < 1: raise ShareError(f"{run.dir.path} has no fine-tuned model yet: run at least one iteration")
     if iteration is None: return last, "the last one; no figure was looked at to choose it"
     if iteration == "best": return _best(run, last, development)
-    if isinstance(iteration, bool) or not isinstance(iteration, int): raise ShareError(f"iteration = {iteration!r}: expected a number, or 'best'")
-    n = iteration + last + 1 if iteration < 0 else iteration
+    if isinstance(iteration, bool) or not isinstance(iteration, numbers.Integral): raise ShareError(f"iteration = {iteration!r}: expected a number, or 'best'")
+    n = int(iteration) + (last + 1 if iteration < 0 else 0)
     if not 1 <= n <= last: raise ShareError(f"iteration {iteration} is not there to share: {run.dir.path} has M_1 to M_{last}")
     return n, "named by hand; if the held-out figures were looked at for that, they are too good"
 
@@ -150,7 +150,7 @@ def _code(run, n, repo_id, base_model):
     if not run.variant.evolving_init and not full: first = f"with model.disable_adapter(): first = {first}"
     else: first = f"first = {first}"
     draw = f"do_sample=True, temperature={c.temperature!r}, top_p={c.top_p!r}, top_k={c.top_k!r}" if c.temperature else "do_sample=False"
-    text = next((q.text for q in run.data.test[:1] if not q.context and not _data(c)[0].endswith(("local file", "caller"))), "Write a question here.")
+    text = next((q.text for q in run.data.test[:1] if not q.context and not _data(c, "test_data" if c.test_data else "data")[0].endswith(("local file", "caller"))), "Write a question here.")
     lines = ["import torch", *(["from huggingface_hub import snapshot_download"] if repo_id else []), *([] if full else ["from peft import PeftModel"]),
              "from transformers import AutoModelForCausalLM, AutoTokenizer", "from stasc.core import Question", *(["from stasc.model import embedded_path"] if task and not full else []),
              "from stasc.prompt import correction_messages, initial_messages, prompt_set, render", "", f"folder = {where}", "tokenizer = AutoTokenizer.from_pretrained(folder)",
@@ -263,8 +263,8 @@ def _own_files(run, n, tmp, base_model):
     there = run.dir.config() or {}
     write("stasc.json", dict(config=public, iteration=n, data_fingerprint=there.get("data_fingerprint"), versions=there.get("versions")))
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
-        if (tmp/name).exists() and key in (d := read_json(tmp/name, "is the run complete?")):
-            if not _hub_model(str(d[key])): write(name, d | {key: base_model or _last(d[key])})
+        if (tmp/name).exists() and isinstance((d := read_json(tmp/name, "is the run complete?")).get(key), str):
+            if not _hub_model(d[key]): write(name, d | {key: base_model or _last(d[key])})
 
 # %% ../nbs/14a_share.ipynb #ea214349
 def load_shared(folder: str|Path,   # made by `save_adapter`, or downloaded
@@ -311,7 +311,7 @@ def push_to_hub(run,                                # as for `model_card`
         folder = save_adapter(run, Path(tmp)/"model", iteration, repo_id=repo_id, **options)
         with _hub_errors(repo_id):
             url = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
-            if private and not api.repo_info(repo_id, repo_type="model").private:
+            if private and api.repo_info(repo_id, repo_type="model").private is False:
                 raise ShareError(f"{repo_id} is there already and is public: choose another name, or pass private=False to write to it")
             api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="model", commit_message="A model taught to correct itself", allow_patterns=sorted(f.name for f in folder.iterdir()))
     return str(url)
@@ -319,7 +319,7 @@ def push_to_hub(run,                                # as for `model_card`
 # %% ../nbs/14a_share.ipynb #cc870247
 def _iterations(run, iterations):
     choose(run)
-    given = range(1, run.n_done) if iterations is None else [iterations] if isinstance(iterations, int) else list(iterations)
+    given = range(1, run.n_done) if iterations is None else [iterations] if isinstance(iterations, numbers.Integral) else list(iterations)
     return [choose(run, n)[0] for n in given]
 
 def _parts(run, iterations, token_ids=False):

@@ -154,6 +154,9 @@ def test_names_of_local_files_lose_their_path(tmp_path):
     run = scripted(tmp_path / "run", data=str(tmp_path / "secret/own.jsonl"), model=str(tmp_path / "models/qwen"), prompts=shutil.copy(files("stasc") / "prompts/default.yaml", tmp_path / "p.yaml"), reward="exact_match")
     text = model_card(run)
     assert str(tmp_path) not in text and "own.jsonl" in text and "qwen" in text and "number 0?" not in text
+    held = scripted(tmp_path / "held", data="arithmetic", test_data=str(tmp_path / "secret/held.jsonl"), iterations=1)
+    text = model_card(held)
+    assert "held.jsonl, a local file" in text and "number 0?" not in text and str(tmp_path) not in text
 
 
 def test_card_over_seeds(tmp_path):
