@@ -9,8 +9,9 @@ __all__ = ['GPUS', 'Plan', 'Config', 'Question', 'Sample', 'SamplingParams', 'St
            'MEASURES', 'by_iteration', 'compare', 'gap', 'kept_correlation', 'measure', 'over_seeds', 'paper_table',
            'PathStore', 'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match',
            'final_answer', 'get_reward', 'in_accuracy', 'judge', 'math_equal', 'multiple_choice', 'register', 'rouge_l',
-           'token_f1', 'yes_no', 'baselines', 'baselines_of', 'STaR', 'sc', 'Sweep', 'sweep', 'TASKS', 'configure',
-           'reward_of', 'task_of', 'CurveExplorer', 'FilterExplorer', 'PromptInspector', 'RewardDebugger']
+           'token_f1', 'yes_no', 'baselines', 'baselines_of', 'dpo_rows', 'load_shared', 'model_card', 'push_to_hub',
+           'save_adapter', 'sft_rows', 'STaR', 'sc', 'Sweep', 'sweep', 'TASKS', 'configure', 'reward_of', 'task_of',
+           'CurveExplorer', 'FilterExplorer', 'PromptInspector', 'RewardDebugger']
 
 # %% ../nbs/16_all.ipynb #a696204d
 import stasc.view                                   # gives `STaSC` its `browse` and `report`
@@ -27,6 +28,7 @@ from .patterns import PATTERNS, TAGS, add_pattern, examples, label, pattern_coun
 from .plan import GPUS, Plan
 from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, multiple_choice, register, rouge_l, token_f1, yes_no
 from .maths import math_equal
+from .share import dpo_rows, load_shared, model_card, push_to_hub, save_adapter, sft_rows
 from .star import STaR, sc
 from .sweep import Sweep, sweep
 from .task import TASKS, configure, reward_of, task_of
@@ -38,5 +40,5 @@ _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "Stas
          "MEASURES", "by_iteration", "compare", "gap", "kept_correlation", "measure", "over_seeds", "paper_table",
          "PathStore", "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
          "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "math_equal", "multiple_choice", "register", "rouge_l", "token_f1", "yes_no",
-         "baselines", "baselines_of", "STaR", "sc", "Sweep", "sweep", "TASKS", "configure", "reward_of", "task_of",
+         "baselines", "baselines_of", "dpo_rows", "load_shared", "model_card", "push_to_hub", "save_adapter", "sft_rows", "STaR", "sc", "Sweep", "sweep", "TASKS", "configure", "reward_of", "task_of",
          "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]
