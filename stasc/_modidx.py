@@ -771,6 +771,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                              'stasc.sweep.trial_name': ('sweep.html#trial_name', 'stasc/sweep.py'),
                              'stasc.sweep.trials_of': ('sweep.html#trials_of', 'stasc/sweep.py')},
             'stasc.task': { 'stasc.task.Task': ('task.html#task', 'stasc/task.py'),
+                            'stasc.task._named': ('task.html#_named', 'stasc/task.py'),
                             'stasc.task.configure': ('task.html#configure', 'stasc/task.py'),
                             'stasc.task.reward_of': ('task.html#reward_of', 'stasc/task.py'),
                             'stasc.task.task_of': ('task.html#task_of', 'stasc/task.py')},

@@ -130,7 +130,7 @@ KNOWLEDGE = dict(       # measure -> words, what it counts, a function of two ta
     by_reasoning=("r(Y1) by reasoning alone", "answers", lambda s, o: (s.reasoned * o.right_reasoned / o.reasoned + (s.answers - s.reasoned) * _if_direct(o)) / s.answers),
     mended=("wrong to right", "pairs", lambda s, o: s.mended / s.pairs),
     spoiled=("right to wrong", "pairs", lambda s, o: s.spoiled / s.pairs),
-    gold=("gold answer, asked directly", "asked", lambda s, o: s.gold / s.asked),
+    gold=("gold answers, asked directly", "asked", lambda s, o: s.gold / s.asked),
     personal=("personal facts", "personal_facts", lambda s, o: s.personal / s.personal_facts),
     shared=("shared facts", "shared_facts", lambda s, o: s.shared / s.shared_facts))
 _LOGP = "gold", "personal", "shared"
@@ -196,7 +196,7 @@ def brief(table: pd.DataFrame,      # made by `knowledge`
     out = {name: {f"M_{r.iteration}": cell(r, "value") for _, r in rows.iterrows()}
            | {"change" if len(later) == 1 else f"change to M_{r.iteration}": cell(r, "change", "+") for _, r in rows.iterrows() if r.iteration != first}
            for name, rows in table.groupby("measure", sort=False)}
-    words = {k: f"log p, {w}" if k in _LOGP else w for k, (w, *_) in KNOWLEDGE.items()}
+    words = {k: f"log p of {w}" if k in _LOGP else w for k, (w, *_) in KNOWLEDGE.items()}
     return pd.DataFrame.from_dict(out, orient="index").rename(index=words).rename_axis("measure")
 
 # %% ../nbs/14c_knowledge.ipynb #859e5bd9
@@ -215,10 +215,10 @@ def _dots(ax, table, names):        # what is told of each measure
 @_drawn
 def knowledge_picture(table: pd.DataFrame):     # made by `knowledge`; gives a matplotlib Figure
     "Each measure of the first model (hollow) and of the later ones, with intervals."
-    fig, axes = _new(11, 4.4, 1, 2, width_ratios=[3, 2])
+    fig, axes = _new(11, 4.4, 1, 2, width_ratios=[4, 3])
     shares = [m for m in KNOWLEDGE if m not in _LOGP]
     told = _dots(axes[0, 0], table, shares) + _dots(axes[0, 1], table, list(_LOGP))
-    axes[0, 0].set(xlim=(0, 1.02), xlabel="share of answers"); axes[0, 1].set(xlabel="log-probability without reasoning")
+    axes[0, 0].set(xlim=(0, 1.02), xlabel="share of answers"); axes[0, 1].set(xlabel="log-probability")
     ns = sorted(table.iteration.unique())
     for n in (ns[0], ns[-1])[:len(ns)]:
         new = n == ns[-1] and len(ns) > 1
