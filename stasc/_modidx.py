@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                                  'stasc.knowledge._jackknife': ('knowledge.html#_jackknife', 'stasc/knowledge.py'),
                                  'stasc.knowledge._known_sums': ('knowledge.html#_known_sums', 'stasc/knowledge.py'),
                                  'stasc.knowledge._rows': ('knowledge.html#_rows', 'stasc/knowledge.py'),
+                                 'stasc.knowledge._share_engine': ('knowledge.html#_share_engine', 'stasc/knowledge.py'),
                                  'stasc.knowledge._stored_gold': ('knowledge.html#_stored_gold', 'stasc/knowledge.py'),
                                  'stasc.knowledge._writing': ('knowledge.html#_writing', 'stasc/knowledge.py'),
                                  'stasc.knowledge.brief': ('knowledge.html#brief', 'stasc/knowledge.py'),

@@ -11,10 +11,10 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .core import Config, DataError, Question, StoreError
+from .core import Config, ConfigError, DataError, Question, StoreError
 from .facts import PERSONAL, SHARED, couple_of, fact_question, make_world, reasons, walk, write_answer
 from .facts_model import fact_logprob, gold_logprob
-from .loop import STaSC, default_out
+from .loop import STaSC, _same_model, default_out
 from .plot import BLUE, _FAINT, _drawn, _new
 from .reward import judge
 from .store import RunDir, read_json
@@ -170,6 +170,14 @@ def _check_facts(run, split):
         raise DataError(f"knowledge: {run.cfg.model} has no token of its own for each name; take model = 'embedded-facts'")
 
 # %% ../nbs/14c_knowledge.ipynb #b6592266
+def _share_engine(first, run):
+    "Seeds of a run need one model among them."
+    if run is first or not all(isinstance(r, STaSC) for r in (first, run)) or run._engine is not None: return
+    with contextlib.suppress(ConfigError):
+        _same_model(first.cfg, run.cfg)
+        run._engine = first.engine
+
+# %% ../nbs/14c_knowledge.ipynb #d02df298
 def knowledge(runs,                         # a run about the fictional facts, or a list of its seeds, which are pooled
               iterations=(0, -1),           # which models; changes are against the first of them
               split: str = "test",          # or "train"
@@ -178,7 +186,7 @@ def knowledge(runs,                         # a run about the fictional facts, o
     "What a model answers and what it knows, with intervals over couples: M_0 against a later model."
     runs, tables = list(runs) if isinstance(runs, (list, tuple)) else [runs], {}
     if not runs: raise DataError("knowledge: no runs were given")
-    for run in runs: _check_facts(run, split)
+    for run in runs: _share_engine(runs[0], run); _check_facts(run, split)
     for i in iterations:
         if len(ns := {run[i].n for run in runs}) > 1: raise DataError(f"knowledge: iteration {i} is not the same model in all runs: {', '.join(f'M_{n}' for n in sorted(ns))}")
         n, = ns

@@ -195,6 +195,9 @@ def test_pooling_a_run_with_itself_changes_neither_figures_nor_intervals(run, ta
     twice = knowledge([run, run])
     pd.testing.assert_frame_equal(twice.drop(columns="n"), table.drop(columns="n"))
     assert (twice.n == 2 * table.n).all()
+    other = STaSC.open(run.dir.path, callbacks=[])
+    knowledge([run, other])
+    assert other._engine is run.engine                      # one model for all seeds
 
 
 def test_table_and_picture_for_the_eye(table):
