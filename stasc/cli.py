@@ -64,7 +64,7 @@ def _plan(args):
     print(plan(_config(args), args.gpu, args.prompt_tokens, args.first_tokens))
 
 def _demo(args):
-    "Run STaSC on the embedded model: a minute or two on a laptop."
+    "Run STaSC on an embedded model, a minute or two on a laptop: additions, or fictional facts with --task facts."
     from stasc.loop import STaSC
     _go(STaSC(Config.demo(**_options(args)), args.out))
 
