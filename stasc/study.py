@@ -246,7 +246,7 @@ def sampling_gains(cells: pd.DataFrame,         # of `sampling_study`
 def _read_off(kept, gains, share):      # index of the best cell, index of the cheapest that is good enough
     best = int(np.argmax(gains))
     if gains[best] <= 0: return best, None
-    enough = np.flatnonzero(gains >= share * gains[best])
+    enough = np.flatnonzero(gains >= share * gains[best] - 1e-12)
     return best, int(min(enough, key=lambda i: (kept[i], -gains[i])))
 
 def fewest_kept(cells: pd.DataFrame,            # of `sampling_study`
