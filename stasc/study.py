@@ -266,7 +266,7 @@ def fewest_kept(cells: pd.DataFrame,            # of `sampling_study`
     cell = lambda j: (int(t.n_init[j]), int(t.n_corr[j]))
     numbers = dict(best_kept=kept[best], best_gain=gains[best], n_kept=kept[i], lo=lo, hi=hi, gain=gains[i], of_best_kept=kept[i] / kept[best],
                    same_best=np.mean([b == best for b, _ in drawn]), same_cell=np.mean(found == i), without_gain=1 - len(found) / len(drawn))
-    return dict(best=cell(best), cell=cell(i)) | {k: round(float(v), 6) for k, v in numbers.items()}
+    return dict(best=cell(best), cell=cell(i)) | {k: float(v) for k, v in numbers.items()}
 
 # %% ../nbs/14b_study.ipynb #4ef14b46
 @_drawn
