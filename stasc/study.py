@@ -93,7 +93,7 @@ def differences(table: pd.DataFrame,        # rows of `contrast`
     by = [by] if isinstance(by, str) else list(by)
     if lacking := [c for c in [*by, "measure", "difference", "lo", "hi"] if c not in table]: raise DataError(f"the table of differences lacks the columns {', '.join(lacking)}")
     names, marks = list(dict.fromkeys(", ".join(map(str, r)) for r in table[by].itertuples(index=False))), list(dict.fromkeys(table.measure))
-    fig, axes = _new(8, .45 * len(names) + .12 * len(names) * len(marks) + 1.6)
+    fig, axes = _new(8, len(names) * (.25 + .13 * len(marks)) + 1.7)
     ax, told = axes[0, 0], []
     for r, name in zip(table.to_dict("records"), (", ".join(map(str, r)) for r in table[by].itertuples(index=False))):
         words, colour, mark = _MARKS[r["measure"]]
@@ -101,7 +101,7 @@ def differences(table: pd.DataFrame,        # rows of `contrast`
         ax.plot([r["lo"], r["hi"]], [y, y], color=colour); ax.plot(r["difference"], y, mark, color=colour, label=words)
         told.append(f"{name}, {words}: {r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}]")
     ax.axvline(0, color="#222222", lw=1); ax.set_ylim(len(names) - .5, -.5); ax.grid(axis="y", visible=False)
-    ax.set_yticks(range(len(names)), [plain(n, 26) for n in names]); ax.set_title(plain(title, 60)); _legend(fig)
+    ax.set_yticks(range(len(names)), [plain(n, 26) for n in names]); fig.suptitle(plain(title, 45), x=.01, ha="left"); _legend(fig)
     return fig, f"{title}. " + "; ".join(told) + "."
 
 # %% ../nbs/14b_study.ipynb #e6fcb6b6
