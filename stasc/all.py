@@ -10,7 +10,8 @@ __all__ = ['GPUS', 'Plan', 'Config', 'Question', 'Sample', 'SamplingParams', 'St
            'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match', 'final_answer',
            'get_reward', 'in_accuracy', 'judge', 'math_equal', 'multiple_choice', 'register', 'rouge_l', 'token_f1',
            'yes_no', 'baselines', 'baselines_of', 'STaR', 'sc', 'Sweep', 'sweep', 'TASKS', 'configure', 'reward_of',
-           'task_of', 'CurveExplorer', 'FilterExplorer', 'PromptInspector', 'RewardDebugger']
+           'task_of', 'digit_share', 'filter_study', 'reward_study', 'sampling_study', 'study_runs', 'transfer_study',
+           'CurveExplorer', 'FilterExplorer', 'PromptInspector', 'RewardDebugger']
 
 # %% ../nbs/16_all.ipynb #a696204d
 import stasc.view                                   # gives `STaSC` its `browse` and `report`
@@ -27,6 +28,7 @@ from .plan import GPUS, Plan
 from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, multiple_choice, register, rouge_l, token_f1, yes_no
 from .maths import math_equal
 from .star import STaR, sc
+from .study import digit_share, filter_study, reward_study, sampling_study, study_runs, transfer_study
 from .sweep import Sweep, sweep
 from .task import TASKS, configure, reward_of, task_of
 from .widgets import CurveExplorer, FilterExplorer, PromptInspector, RewardDebugger
@@ -38,4 +40,5 @@ _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "Stas
          "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
          "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "math_equal", "multiple_choice", "register", "rouge_l", "token_f1", "yes_no",
          "baselines", "baselines_of", "STaR", "sc", "Sweep", "sweep", "TASKS", "configure", "reward_of", "task_of",
+         "digit_share", "filter_study", "reward_study", "sampling_study", "study_runs", "transfer_study",
          "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]
