@@ -114,6 +114,10 @@ def test_a_study_that_was_broken_off_goes_on_and_ends_the_same(tmp_path):
         with pytest.raises(KeyboardInterrupt): sampling_study(tmp_path / "broken", BASE, (1, 2), (1, 2), seeds=(0, 1), data=QUESTIONS, engine=Tired, shown=None)
     pd.testing.assert_frame_equal(sampling_study(tmp_path / "broken", BASE, (1, 2), (1, 2), seeds=(0, 1), data=QUESTIONS, engine=Tired, shown=None), whole)
     assert sum(trained) <= 8                                                            # no cell twice
+    for cells in ((1, 2), (1, 2, 3)):
+        with pytest.raises(StascError): sampling_study(tmp_path / "broken", BASE, cells, (1, 2), seeds=(0,), data=Data(ask(6, "other"), ask(4, "test")), engine=Sensitive, shown=None)
+    next((tmp_path / "broken" / "seed=0" / "cells").iterdir()).write_bytes(b"PAR1 cut")
+    with pytest.raises(StoreError, match="delete it and run the study again"): sampling_study(tmp_path / "broken", BASE, (1, 2), (1, 2), seeds=(0,), data=QUESTIONS, engine=Sensitive, shown=None)
     with pytest.raises(StoreError): sampling_study(tmp_path / "broken", BASE.replace(temperature=.9), (1, 2), (1, 2), seeds=(0,), data=QUESTIONS, engine=Sensitive, shown=None)
 
 
