@@ -798,6 +798,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
             'stasc.study': { 'stasc.study._ask': ('study.html#_ask', 'stasc/study.py'),
                              'stasc.study._cell': ('study.html#_cell', 'stasc/study.py'),
                              'stasc.study._gain_by_cluster': ('study.html#_gain_by_cluster', 'stasc/study.py'),
+                             'stasc.study._read': ('study.html#_read', 'stasc/study.py'),
                              'stasc.study._read_off': ('study.html#_read_off', 'stasc/study.py'),
                              'stasc.study._subset': ('study.html#_subset', 'stasc/study.py'),
                              'stasc.study._two_rewards': ('study.html#_two_rewards', 'stasc/study.py'),

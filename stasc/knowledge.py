@@ -102,7 +102,7 @@ def _answer_sums(run, n, split):        # (what, cluster, amount)
         first = run.dir.table(n, "transfer.test", token_ids=False)
     right, reasoned, c = first.init_reward >= run.cfg.threshold, first.init_text.map(reasons), first.question_id.map(couple_of)
     r1, r2, d = t.init_reward >= run.cfg.threshold, t.corr_reward >= run.cfg.threshold, t.question_id.map(couple_of)
-    counts = dict(answers=(c, right | True), right=(c, right), reasoned=(c, reasoned), right_reasoned=(c, right & reasoned),
+    counts = dict(answers=(c, right | True), right=(c, right), reasoned=(c, reasoned), direct=(c, ~reasoned), right_reasoned=(c, right & reasoned),
                   pairs=(d, r2 | True), corrected=(d, r2), mended=(d, ~r1 & r2), spoiled=(d, r1 & ~r2))
     return [(what, k, float(x)) for what, (keys, amounts) in counts.items() for k, x in zip(keys, amounts)]
 
@@ -119,15 +119,15 @@ def _known_sums(run, n, split):         # (what, cluster, amount)
     return out
 
 # %% ../nbs/14c_knowledge.ipynb #f961d9b4
-def _if_direct(s): return (s.right - s.right_reasoned) / (s.answers - s.reasoned)
+def _if_direct(s): return (s.right - s.right_reasoned) / s.direct
 
 KNOWLEDGE = dict(       # measure -> words, what it counts, a function of two tables of sums
     initial=("r(Y1), initial answers", "answers", lambda s, o: s.right / s.answers),
     correction=("r(Y2), corrections", "pairs", lambda s, o: s.corrected / s.pairs),
     reasons=("share that reasons", "answers", lambda s, o: s.reasoned / s.answers),
-    if_reasoned=("right, of those that reason", "answers", lambda s, o: s.right_reasoned / s.reasoned),
-    if_direct=("right, of direct answers", "answers", lambda s, o: _if_direct(s)),
-    by_reasoning=("r(Y1) by reasoning alone", "answers", lambda s, o: (s.reasoned * o.right_reasoned / o.reasoned + (s.answers - s.reasoned) * _if_direct(o)) / s.answers),
+    if_reasoned=("right, of those that reason", "reasoned", lambda s, o: s.right_reasoned / s.reasoned),
+    if_direct=("right, of direct answers", "direct", lambda s, o: _if_direct(s)),
+    by_reasoning=("r(Y1) by reasoning alone", "answers", lambda s, o: (s.reasoned * o.right_reasoned / o.reasoned + s.direct * _if_direct(o)) / s.answers),
     mended=("wrong to right", "pairs", lambda s, o: s.mended / s.pairs),
     spoiled=("right to wrong", "pairs", lambda s, o: s.spoiled / s.pairs),
     gold=("gold answers, asked directly", "asked", lambda s, o: s.gold / s.asked),
@@ -147,11 +147,12 @@ def _jackknife(f, s, o, level):         # value, lower and upper end
 def _rows(n, s, first, level):
     "A row for each measure of M_n."
     for name, (_, count, f) in KNOWLEDGE.items():
-        a, b = (t[t[count] > 0] for t in (s, first))
-        value, *ends = _jackknife(f, a, b, level)
+        there = [t.index[t[count] > 0] for t in (s, first)]
+        of = lambda keys: (t.reindex(keys, fill_value=0.) for t in (s, first))
+        value, *ends = _jackknife(f, *of(there[0]), level)
         row = dict(iteration=n, measure=name, value=value) | dict(zip(("lo", "hi"), ends if name in _LOGP else np.clip(ends, 0, 1).tolist()))
-        change = (np.nan,) * 3 if s is first else _jackknife(lambda x, o: f(x, o) - f(o, o), a, b, level)
-        yield row | dict(zip(("change", "change_lo", "change_hi"), change)) | dict(n=int(a[count].sum()), clusters=len(a))
+        change = (np.nan,) * 3 if s is first else _jackknife(lambda x, o: f(x, o) - f(o, o), *of(there[0].union(there[1])), level)
+        yield row | dict(zip(("change", "change_lo", "change_hi"), change)) | dict(n=int(s[count].sum()), clusters=len(there[0]))
 
 # %% ../nbs/14c_knowledge.ipynb #bd8082df
 def _check_facts(run, split):
@@ -196,13 +197,17 @@ def knowledge(runs,                         # a run about the fictional facts, o
     return pd.DataFrame([row for n, s in tables.items() for row in _rows(n, s, first, level)])
 
 # %% ../nbs/14c_knowledge.ipynb #2663a140
+_FEW = 30
+
 def brief(table: pd.DataFrame,      # made by `knowledge`
          ) -> pd.DataFrame:         # index measure in words, a column for each model and for each change
     "The table that a person reads: value [interval]."
     first, *later = table.iteration.unique()
-    cell = lambda r, c, sign="": "" if pd.isna(r[c]) else f"{r[c]:{sign}.3f} [{r[f'{c}_lo' if c == 'change' else 'lo']:{sign}.3f}, {r[f'{c}_hi' if c == 'change' else 'hi']:{sign}.3f}]"
-    out = {name: {f"M_{r.iteration}": cell(r, "value") for _, r in rows.iterrows()}
-           | {"change" if len(later) == 1 else f"change to M_{r.iteration}": cell(r, "change", "+") for _, r in rows.iterrows() if r.iteration != first}
+    few = set(table.measure[table.n < _FEW])
+    def value(r): return f"({r.n} answers)" if r.n < _FEW else f"{r.value:.3f} [{r.lo:.3f}, {r.hi:.3f}]"
+    def change(r): return "" if r.measure in few or pd.isna(r.change) else f"{r.change:+.3f} [{r.change_lo:+.3f}, {r.change_hi:+.3f}]"
+    out = {name: {f"M_{r.iteration}": value(r) for _, r in rows.iterrows()}
+           | {"change" if len(later) == 1 else f"change to M_{r.iteration}": change(r) for _, r in rows.iterrows() if r.iteration != first}
            for name, rows in table.groupby("measure", sort=False)}
     words = {k: f"log p of {w}" if k in _LOGP else w for k, (w, *_) in KNOWLEDGE.items()}
     return pd.DataFrame.from_dict(out, orient="index").rename(index=words).rename_axis("measure")
@@ -215,8 +220,8 @@ def _dots(ax, table, names):        # what is told of each measure
         rows = table[table.measure == name]
         for k, (_, r) in enumerate(rows.iterrows()):
             new, at = r.iteration == last and len(rows) > 1, y + .13 - .26 * (1 - k / max(1, len(rows) - 1))
-            if not pd.isna(r.value): ax.errorbar(r.value, at, xerr=[[r.value - r.lo], [r.hi - r.value]], fmt="o", color=BLUE if new else _FAINT, mfc=BLUE if new else "white", capsize=2)
-        told.append(f"{KNOWLEDGE[name][0]} " + ", ".join(f"{v:.3f} (M_{n})" for n, v in zip(rows.iteration, rows.value) if not pd.isna(v)))
+            if r.n >= _FEW: ax.errorbar(r.value, at, xerr=[[r.value - r.lo], [r.hi - r.value]], fmt="o", color=BLUE if new else _FAINT, mfc=BLUE if new else "white", capsize=2)
+        told.append(f"{KNOWLEDGE[name][0]} " + ", ".join(f"{v:.3f} (M_{n})" for n, v in zip(rows.iteration[rows.n >= _FEW], rows.value[rows.n >= _FEW])))
     ax.set_yticks(range(len(names)), [KNOWLEDGE[n][0] for n in names]); ax.invert_yaxis(); ax.grid(axis="y", visible=False)
     return told
 

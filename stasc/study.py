@@ -8,7 +8,7 @@ __all__ = ['DRAWS', 'SHARES', 'study_runs', 'cluster_of', 'pool', 'held_out', 'c
            'digit_share', 'regraded', 'reward_study', 'kept_grades']
 
 # %% ../nbs/14b_study.ipynb #e8fd921a
-import hashlib, json, tempfile
+import contextlib, hashlib, json, tempfile
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -93,7 +93,7 @@ def differences(table: pd.DataFrame,        # rows of `contrast`
     by = [by] if isinstance(by, str) else list(by)
     if lacking := [c for c in [*by, "measure", "difference", "lo", "hi"] if c not in table]: raise DataError(f"the table of differences lacks the columns {', '.join(lacking)}")
     names, marks = list(dict.fromkeys(", ".join(map(str, r)) for r in table[by].itertuples(index=False))), list(dict.fromkeys(table.measure))
-    fig, axes = _new(8, .45 * len(names) + .12 * len(names) * len(marks) + 1.6)
+    fig, axes = _new(8, len(names) * (.25 + .13 * len(marks)) + 1.7)
     ax, told = axes[0, 0], []
     for r, name in zip(table.to_dict("records"), (", ".join(map(str, r)) for r in table[by].itertuples(index=False))):
         words, colour, mark = _MARKS[r["measure"]]
@@ -101,10 +101,15 @@ def differences(table: pd.DataFrame,        # rows of `contrast`
         ax.plot([r["lo"], r["hi"]], [y, y], color=colour); ax.plot(r["difference"], y, mark, color=colour, label=words)
         told.append(f"{name}, {words}: {r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}]")
     ax.axvline(0, color="#222222", lw=1); ax.set_ylim(len(names) - .5, -.5); ax.grid(axis="y", visible=False)
-    ax.set_yticks(range(len(names)), [plain(n, 26) for n in names]); ax.set_title(plain(title, 60)); _legend(fig)
+    ax.set_yticks(range(len(names)), [plain(n, 26) for n in names]); fig.suptitle(plain(title, 45), x=.01, ha="left"); _legend(fig)
     return fig, f"{title}. " + "; ".join(told) + "."
 
 # %% ../nbs/14b_study.ipynb #e6fcb6b6
+def _read(file):
+    "A table that was kept, or what to do about it."
+    try: return pd.read_parquet(file)
+    except Exception as e: raise StoreError(f"{file} cannot be read as a table ({type(e).__name__}); delete it and run the study again") from None
+
 def answers(run, questions: list,
             iteration: int = -1,
             draws: int = DRAWS,             # answers to each question, each with one correction
@@ -117,7 +122,7 @@ def answers(run, questions: list,
     n, columns = iteration % run.n_done, ["question_id", "init_index", "init_reward", "corr_reward"]
     key = json.dumps([recipe(run.cfg, n, "corrections.test"), run.dir.config()["data_fingerprint"], draws, [[q.id, q.text, list(q.references), q.context] for q in questions]])
     file = Path(out)/f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.parquet" if out else None
-    if file and file.exists(): return pd.read_parquet(file)
+    if file and file.exists(): return _read(file)
     if engines: run._engine = engines(run.cfg)
     drawn = [run.evaluate(questions, n, derive_seed(run.cfg.seed, "draw", d)).assign(init_index=d)[columns] for d in range(draws)]
     table = pd.concat(drawn, ignore_index=True)
@@ -187,7 +192,7 @@ def _ask(run, folder):
 def _cell(run, pairs, n_init, n_corr):
     "Filter, fine-tune and ask: the held-out answers of one cell, kept as a file."
     file = run.dir.path/"cells"/f"{n_init}x{n_corr}.parquet"
-    if file.exists(): return pd.read_parquet(file)
+    if file.exists(): return _read(file)
     kept = (some := _subset(pairs, n_init, n_corr))[some.kept]
     with tempfile.TemporaryDirectory() as folder:
         if len(kept): run.engine.train(run._examples(kept), None, Path(folder), run.cfg, derive_seed(run.cfg.seed, 1, "train") % 2**31)
@@ -208,11 +213,13 @@ def sampling_study(out: str|Path,               # directory; what is there is re
     base, tables, engines = base.replace(n_init=max(n_init), n_corr=max(n_corr), iterations=1, n_test_init=max(DRAWS, base.n_test_init)), [], Engines(engine)
     for seed in seeds:
         run = STaSC(base.replace(seed=seed), Path(out)/trial_name(dict(seed=seed)), data=data, callbacks=[])
-        todo = [(i, k) for i in n_init for k in n_corr if not (run.dir.path/"cells"/f"{i}x{k}.parquet").exists()]
-        if not run.n_done or todo: run._engine = engines(run.cfg)
-        if not run.n_done: run.step()
-        pairs = run._pairs(0, "train", run.cfg.pairing) if todo else None
-        tables += [held_out(run, 0).assign(n_init=0, n_corr=0, n_drawn=0, n_kept=0, seed=seed), *(_cell(run, pairs, i, k) for i in n_init for k in n_corr)]
+        if run.n_done and run.dir.config()["data_fingerprint"] != run.data.fingerprint: raise StoreError(f"{run.dir.path} was made with other questions; give it the same data, or choose another directory")
+        todo = not run.n_done or any(not (run.dir.path/"cells"/f"{i}x{k}.parquet").exists() for i in n_init for k in n_corr)
+        if todo: run._engine = engines(run.cfg)
+        with run._writing() if todo else contextlib.nullcontext():                  # no other process at the same time
+            if not run.n_done: run.step()
+            pairs = run._pairs(0, "train", run.cfg.pairing) if todo else None
+            tables += [held_out(run, 0).assign(n_init=0, n_corr=0, n_drawn=0, n_kept=0, seed=seed), *(_cell(run, pairs, i, k) for i in n_init for k in n_corr)]
         if shown: shown(f"seed {seed}: {len(n_init) * len(n_corr)} cells, {tables[-1].n_kept.iloc[0]} corrections kept in the widest")
     return pd.concat(tables, ignore_index=True)
 
@@ -246,7 +253,7 @@ def sampling_gains(cells: pd.DataFrame,         # of `sampling_study`
 def _read_off(kept, gains, share):      # index of the best cell, index of the cheapest that is good enough
     best = int(np.argmax(gains))
     if gains[best] <= 0: return best, None
-    enough = np.flatnonzero(gains >= share * gains[best])
+    enough = np.flatnonzero(gains >= share * gains[best] - 1e-12)
     return best, int(min(enough, key=lambda i: (kept[i], -gains[i])))
 
 def fewest_kept(cells: pd.DataFrame,            # of `sampling_study`
@@ -266,7 +273,7 @@ def fewest_kept(cells: pd.DataFrame,            # of `sampling_study`
     cell = lambda j: (int(t.n_init[j]), int(t.n_corr[j]))
     numbers = dict(best_kept=kept[best], best_gain=gains[best], n_kept=kept[i], lo=lo, hi=hi, gain=gains[i], of_best_kept=kept[i] / kept[best],
                    same_best=np.mean([b == best for b, _ in drawn]), same_cell=np.mean(found == i), without_gain=1 - len(found) / len(drawn))
-    return dict(best=cell(best), cell=cell(i)) | {k: round(float(v), 6) for k, v in numbers.items()}
+    return dict(best=cell(best), cell=cell(i)) | {k: float(v) for k, v in numbers.items()}
 
 # %% ../nbs/14b_study.ipynb #4ef14b46
 @_drawn

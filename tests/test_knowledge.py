@@ -137,10 +137,10 @@ def test_error_is_that_of_by_couple_where_couples_are_equal():
 
 def test_reasoning_alone_explains_all_where_both_kinds_stay_as_right_as_they_were():
     f = KNOWLEDGE["by_reasoning"][2]
-    o = pd.Series(dict(answers=100., reasoned=50., right_reasoned=30., right=35.))             # .6 and .1
-    s = pd.Series(dict(answers=100., reasoned=90., right_reasoned=54., right=55.))
+    o = pd.Series(dict(answers=100., reasoned=50., direct=50., right_reasoned=30., right=35.))         # .6 and .1
+    s = pd.Series(dict(answers=100., reasoned=90., direct=10., right_reasoned=54., right=55.))
     assert f(o, o) == pytest.approx(.35) and f(s, o) == pytest.approx(.55) == KNOWLEDGE["initial"][2](s, o)
-    better = s + pd.Series(dict(answers=0., reasoned=0., right_reasoned=20., right=20.))
+    better = s + pd.Series(dict(answers=0., reasoned=0., direct=0., right_reasoned=20., right=20.))
     assert f(better, o) == pytest.approx(.55) and KNOWLEDGE["initial"][2](better, o) == pytest.approx(.75)
 
 
@@ -204,6 +204,19 @@ def test_table_and_picture_for_the_eye(table):
     b, fig = brief(table), knowledge_picture(table)
     assert list(b) == ["M_0", "M_1", "change"] and len(b) == len(KNOWLEDGE) and b.notna().all().all()
     assert all(words in fig.alt for words, *_ in KNOWLEDGE.values())
+    few = table.assign(n=table.n.where(~((table.measure == "if_direct") & (table.iteration == 1)), 3))
+    row = brief(few).loc["right, of direct answers"]
+    assert row.M_1 == "(3 answers)" and row.change == "" and "[" in row.M_0         # no figure rests on three answers
+
+
+def test_clusters_that_only_one_model_has_count_in_the_change_alone():
+    from stasc.knowledge import _rows
+    zero = dict.fromkeys("answers right reasoned direct right_reasoned pairs corrected mended spoiled asked gold personal_facts personal shared_facts shared".split(), 1.)
+    o = pd.DataFrame([zero | dict(answers=4., right=2., direct=2., reasoned=2.)] * 3, index=list("abc"))
+    s = o.assign(direct=[0., 0., 1.], reasoned=[4., 4., 3.], right=[1., 1., 2.])
+    rows = {r["measure"]: r for r in _rows(5, s, o, .95)}
+    assert rows["if_direct"]["n"] == 1 and rows["if_direct"]["clusters"] == 1 and np.isnan(rows["if_direct"]["lo"])
+    assert rows["if_direct"]["change"] == pytest.approx(1 / 1 - 1 / 2) and rows["reasons"]["change"] == pytest.approx(11 / 12 - 1 / 2)
 
 
 def test_runs_of_another_task_are_refused(run, tmp_path):

@@ -114,6 +114,10 @@ def test_a_study_that_was_broken_off_goes_on_and_ends_the_same(tmp_path):
         with pytest.raises(KeyboardInterrupt): sampling_study(tmp_path / "broken", BASE, (1, 2), (1, 2), seeds=(0, 1), data=QUESTIONS, engine=Tired, shown=None)
     pd.testing.assert_frame_equal(sampling_study(tmp_path / "broken", BASE, (1, 2), (1, 2), seeds=(0, 1), data=QUESTIONS, engine=Tired, shown=None), whole)
     assert sum(trained) <= 8                                                            # no cell twice
+    for cells in ((1, 2), (1, 2, 3)):
+        with pytest.raises(StascError): sampling_study(tmp_path / "broken", BASE, cells, (1, 2), seeds=(0,), data=Data(ask(6, "other"), ask(4, "test")), engine=Sensitive, shown=None)
+    next((tmp_path / "broken" / "seed=0" / "cells").iterdir()).write_bytes(b"PAR1 cut")
+    with pytest.raises(StoreError, match="delete it and run the study again"): sampling_study(tmp_path / "broken", BASE, (1, 2), (1, 2), seeds=(0,), data=QUESTIONS, engine=Sensitive, shown=None)
     with pytest.raises(StoreError): sampling_study(tmp_path / "broken", BASE.replace(temperature=.9), (1, 2), (1, 2), seeds=(0,), data=QUESTIONS, engine=Sensitive, shown=None)
 
 
@@ -126,7 +130,7 @@ def test_the_rule_by_brute_force(cells, share):
     best, found = _read_off(kept.astype(float), gains.astype(float), share)
     assert gains[best] == max(gains)
     if max(gains) <= 0: assert found is None; return
-    enough = [(k, -g) for k, g in cells if g >= share * max(gains)]
+    enough = [(k, -g) for k, g in cells if g >= share * max(gains) - 1e-12]
     assert (kept[found], -gains[found]) == min(enough)
 
 
@@ -137,7 +141,7 @@ def study_table(rights, kept, n=12, seeds=(0,)):
                          for s in seeds for c, (k, r) in cells.items() for q in range(n)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=3, max_size=6), st.data())
 def test_fewest_kept_by_brute_force(rights, data):
     kept = data.draw(st.lists(st.integers(1, 99), min_size=len(rights) - 1, max_size=len(rights) - 1))
@@ -147,9 +151,9 @@ def test_fewest_kept_by_brute_force(rights, data):
     if max(gains) <= 0:
         with pytest.raises(DataError, match="no cell gains"): fewest_kept(cells, n_boot=5)
         return
-    f = fewest_kept(cells, n_boot=50)
+    f = fewest_kept(cells, n_boot=20)
     assert f["n_kept"] == min(k for k, g in zip(kept, gains) if g >= .9 * max(gains) - 1e-12)
-    assert f["best_gain"] == pytest.approx(max(gains)) and f["gain"] >= .9 * f["best_gain"] - 1e-12
+    assert f["best_gain"] == pytest.approx(max(gains)) and f["gain"] >= .9 * f["best_gain"] - 1e-5
     assert min(kept) <= f["lo"] <= f["hi"] <= max(kept) and 0 <= f["same_cell"] <= 1
 
 
