@@ -33,7 +33,6 @@ from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, m
 from .maths import math_equal
 from .share import dpo_rows, load_shared, model_card, push_to_hub, save_adapter, sft_rows
 from .star import STaR, sc
-from .knowledge import GoldControl, knowledge
 from .study import digit_share, filter_study, reward_study, sampling_study, study_runs, transfer_study
 from .sweep import Sweep, sweep
 from .task import TASKS, configure, reward_of, task_of
@@ -46,5 +45,5 @@ _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "Stas
          "PathStore", "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
          "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "math_equal", "multiple_choice", "register", "rouge_l", "token_f1", "yes_no",
          "baselines", "baselines_of", "dpo_rows", "load_shared", "model_card", "push_to_hub", "save_adapter", "sft_rows", "STaR", "sc", "Sweep", "sweep", "TASKS", "configure", "reward_of", "task_of",
-         "GoldControl", "knowledge", "digit_share", "filter_study", "reward_study", "sampling_study", "study_runs", "transfer_study",
+         "digit_share", "filter_study", "reward_study", "sampling_study", "study_runs", "transfer_study",
          "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]
