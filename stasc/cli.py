@@ -6,10 +6,10 @@
 __all__ = ['main']
 
 # %% ../nbs/15_cli.ipynb #59577093
-import argparse, os, re, sys, warnings
+import argparse, difflib, os, re, sys, warnings
 from dataclasses import fields
 from pathlib import Path
-from .core import Config, ConfigError, StascError, unknown
+from .core import PERMISSIONS, Config, ConfigError, StascError, unknown, visible
 
 # %% ../nbs/15_cli.ipynb #1a743cd3
 def _flag(f) -> dict:       # arguments of `add_argument`
@@ -31,7 +31,7 @@ def _options(args) -> dict:
 # %% ../nbs/15_cli.ipynb #f084a333
 def _go(run):
     "Run to the end, a line for each iteration, then table, picture and disk use."
-    print(repr(run))
+    print(visible(repr(run)))
     try: run.run(shown=lambda it: print(it, flush=True))
     except KeyboardInterrupt: raise KeyboardInterrupt(f"go on with: stasc resume {run.dir.path.as_posix()}") from None
     _finish(run)
@@ -112,7 +112,7 @@ def _show(args):
     "Print the table of a run."
     from stasc.loop import STaSC
     run = STaSC.open(args.run)
-    print(f"{run!r}\n{run.table().to_string() if run.n_done else 'no iteration is complete yet'}")
+    print(f"{visible(repr(run))}\n{run.table().to_string() if run.n_done else 'no iteration is complete yet'}")
     if run.ended: print(run.ended)
 
 def _report(args):
@@ -127,7 +127,7 @@ def _eval(args):
     import pandas as pd
     from stasc.data import check_leak, read_questions
     from stasc.loop import STaSC, split_metrics
-    run = STaSC.open(args.run)
+    run = STaSC.open(args.run, **{k: v for k, v in _options(args).items() if k in PERMISSIONS})
     if args.n is not None and args.n < 1: raise ConfigError(f"n = {args.n}: expected a number of at least 1")
     questions = read_questions(args.data, args.question_column, args.reference_column)[:args.n]
     check_leak(run.data.train, questions)
@@ -167,8 +167,21 @@ def _write_jsonl(table, path):
     with whole(Path(path)) as tmp: table.to_json(tmp, orient="records", lines=True, force_ascii=False)
     print(f"{path}: {len(table)} trajectories")
 
+class _Parser(argparse.ArgumentParser):
+    "A parser that says what is wrong in one sentence, with the option that was probably meant."
+    def error(self, message):
+        known = [self, *(c for a in self._actions if isinstance(a.choices, dict) for c in a.choices.values())]
+        flags = [o for p in known for a in p._actions for o in a.option_strings]
+        wrong = (re.match("unrecognized arguments: (--[^ =]+)", message) or [None] * 2)[1]
+        near = difflib.get_close_matches(wrong, flags, n=1) if wrong else []
+        self.exit(2, _sentence(f"{message}{f', did you mean {near[0]}' if near else ''}; see {self.prog} --help"))
+
+def _sentence(message):
+    "One line on a terminal, whatever a file name or a model's text holds."
+    return f"stasc: {visible(' '.join(str(message)[:2000].splitlines()))}\n"
+
 def _parser():
-    p = argparse.ArgumentParser("stasc", description="Teach a small language model to correct itself from its own samples.")
+    p = _Parser("stasc", description="Teach a small language model to correct itself from its own samples.")
     p.set_defaults(do=None)
     commands = p.add_subparsers(metavar="COMMAND")
     def command(name, do):
@@ -209,7 +222,7 @@ def _more(command, p):
     c = command("show", _show); c.add_argument("run", metavar="DIR")
     c = command("report", _report); c.add_argument("run", metavar="DIR")
     c.add_argument("--out", metavar="FILE", help="where to write it [report.html in DIR]")
-    c.add_argument("--limit", type=int, default=50_000, metavar="N", help="trajectories at most; whole questions are left out beyond it [50000]")
+    c.add_argument("--limit", type=_positive, default=50_000, metavar="N", help="trajectories at most; whole questions are left out beyond it [50000]")
     c = command("share", _share); c.add_argument("run", metavar="DIR", nargs="+", help="run directory; further ones are the same settings with other seeds")
     where = c.add_mutually_exclusive_group()
     where.add_argument("--to", metavar="FOLDER", help="write model, tokenizer, prompts and card there [print the card alone]")
@@ -229,22 +242,23 @@ def _more(command, p):
     c.add_argument("--n", type=int, metavar="N", help="only the first N questions")
     c.add_argument("--out", metavar="FILE", help="write the trajectories there as JSONL")
     for k in ("question", "reference"): c.add_argument(f"--{k}-column", metavar="NAME", help=f"column with the {k}; default: recognised")
+    _add_options(c, PERMISSIONS)
     return p
 
 # %% ../nbs/15_cli.ipynb #b62017fa
 def main(argv: list[str]|None = None) -> int:       # exit code
     "The command `stasc`."
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")         # a terminal without some letters, a file name without an encoding
     parser = _parser()
     args = parser.parse_args(argv)
     if args.do is None: parser.print_help(); return 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)          # between libraries, not the user's
-            warnings.showwarning = lambda message, *_, **__: print(f"stasc: note: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: print(_sentence(f"note: {message}"), end="", file=sys.stderr)
             args.do(args)
-    except StascError as e: print(f"stasc: {e}", file=sys.stderr); return 2
-    except OSError as e: print(f"stasc: {e}", file=sys.stderr); return 2
+    except (StascError, OSError) as e: print(_sentence(e), end="", file=sys.stderr); return 2
     except RuntimeError as e:
         if type(e).__name__ != "OutOfMemoryError": raise
         print("stasc: the GPU's memory is full; lower --sample-batch, or --train-batch with a higher --grad-accumulation, and resume the run", file=sys.stderr); return 2

@@ -150,6 +150,7 @@ def _parquet_rows(path):
     try:
         with pyarrow.parquet.ParquetFile(path) as f: rows = f.read().to_pylist()
     except (pyarrow.ArrowException, OSError) as e: raise DataError(f"{path}: not a Parquet file ({str(e).splitlines()[0]})") from None
+    except (ValueError, OverflowError) as e: raise DataError(f"{path}: a column holds what cannot be read ({(str(e) or 'no details').splitlines()[0]}): keep the columns of text alone") from None
     yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
 
 # %% ../nbs/02_data.ipynb #42b5063e
@@ -320,6 +321,10 @@ class _Source:
     rows: str = ":"             # slice of it
 
 def _source(name: str) -> _Source:
+    try: return _found(name)
+    except OSError as e: raise DataError(f"{name}: {e.strerror or e}") from None
+
+def _found(name):
     m = re.fullmatch(r"(?P<preset>\w+)(?:@(?P<revision>[\w./-]+))?(?::(?P<part>.+))?", name)
     preset, file, rows = m and PRESETS.get(m["preset"]), m["part"] if m else name, ":"
     if not preset: file = name

@@ -52,7 +52,8 @@ def pair(initial: pd.DataFrame,         # question_id, init_index, init_reward, 
     initial = initial.assign(_question=initial.groupby("question_id", sort=False).ngroup())
     if pairing == "crossed": corrections, keys = corrections.drop(columns="init_index"), ["question_id"]
     else: keys = _KEYS
-    out = initial.merge(corrections, on=keys, suffixes=("", "_corr"), validate=None if pairing == "crossed" else "one_to_many")
+    if initial.duplicated(_KEYS).any(): raise FilterError("the table of initial answers holds one of them twice (question_id and init_index); it is not of one iteration of one run")
+    out = initial.merge(corrections, on=keys, suffixes=("", "_corr"))
     return out.sort_values(["_question", "init_index", "corr_init_index", "corr_index"], kind="stable", ignore_index=True).drop(columns="_question")
 
 # %% ../nbs/04_filter.ipynb #20382e5c

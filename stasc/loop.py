@@ -6,17 +6,17 @@
 __all__ = ['split_metrics', 'Iteration', 'Progress', 'STaSC', 'default_out']
 
 # %% ../nbs/09_loop.ipynb #c5829c36
-import contextlib, dataclasses, hashlib, html, json, shutil, sys, time
+import contextlib, ctypes, dataclasses, hashlib, html, json, shutil, sys, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from .core import Config, ConfigError, DataError, Question, StoreError, Variant, derive_seed, visible
+from .core import PERMISSIONS, Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, derive_seed, visible, whole_characters
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
 from .label_free import check_label_free, label_free_reward, majority_answer
-from .prompt import Prompter, PromptSet, prompts_of
+from .prompt import Prompter, PromptSet, _checked, prompts_of
 from .reward import final_answer, judge, reward_name
 from .store import RunDir, part_name, read_json
 from .task import reward_of
@@ -102,7 +102,7 @@ class STaSC:
         if reward: cfg = cfg.replace(reward=reward_name(reward))
         if cfg.reward == "<lambda>": raise ConfigError("reward: give the function a name (def ...), by which a run can be told from others")
         self.cfg, self.variant, self._reward, self._prompts = cfg, Variant(cfg.variant), reward, None
-        if data: _check_data(data, cfg)
+        if data is not None: _check_data(data, cfg)
         if lm := getattr(engine, "lm", None): _same_model(lm.cfg, cfg)
         self.dir = RunDir(out or default_out(cfg))
         self.dir.check_same(cfg)
@@ -113,20 +113,41 @@ class STaSC:
     def open(cls, path: str|Path, **kw) -> "STaSC":
         "The run in a directory, with the settings and questions that are stored there."
         there = RunDir(path).config()
-        if there is None: raise StoreError(f"{path} is not a run directory: it has no config.json")
-        cfg = Config.from_dict(there["config"], where=str(Path(path)/"config.json"))
-        run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path)), **kw)
-        if there.get("prompts"): run._prompts = PromptSet(**there["prompts"] | dict(examples=tuple(there["prompts"]["examples"])))
+        if there is None: raise StoreError(f"{path} is not a run directory: it has no config.json (if it was lost, run with the settings of before and out = this directory: it is written again)")
+        cfg = Config.from_dict(there["config"] | dict.fromkeys(PERMISSIONS, False), where=str(Path(path)/"config.json"))
+        run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path), there.get("data_fingerprint")), **kw)
+        run._asks = [k for k in PERMISSIONS if there["config"].get(k) and k not in kw]
+        if there.get("prompts"): run._prompts = _checked(f"in {Path(path)/'config.json'}", there["prompts"])
         return run
+
+def _allowed(run, *permissions):
+    "Refuse to go on with what a run was allowed once, where its user has not said so again."
+    if asks := [k for k in run._asks if k in permissions]:
+        raise ConfigError(f"{run.dir.path} was run with {asks[0]} = True, and a directory, which may come from anywhere, cannot allow that: if you trust what it would run, "
+                          f"say so again with --{asks[0].replace('_', '-')} (or {asks[0]}=True where the run is opened)")
+
+STaSC._asks = ()
 
 # %% ../nbs/09_loop.ipynb #dbafc4bd
 def _check_data(data, cfg):
     "Questions that were handed over are checked as those from a file are."
+    if not (hasattr(data, "train") and hasattr(data, "test")): raise DataError(f"data: expected stasc.data.Data(train, test), got {type(data).__name__}")
+    if none := [name for name, split in (("training", data.train), ("held-out", data.test)) if not split]: raise DataError(f"data: there are no {none[0]} questions")
+    if fault := next((f for q in [*data.train, *data.test] if (f := _fault(q))), None): raise DataError(f"data: {fault}")
     for split in (data.train, data.test):
         if twice := [i for i, n in Counter(q.id for q in split).items() if n > 1]:
             raise DataError(f"data: {len(twice)} ids stand for more than one question ({', '.join(map(repr, twice[:3]))}); give each question its own")
     check_leak(data.train, data.test)
     check_label_free(cfg, data)
+
+def _fault(q) -> str|None:
+    "What a question lacks."
+    if not isinstance(q, Question): return f"expected questions (stasc.core.Question), got {type(q).__name__}"
+    texts = [q.id, q.text, *(q.references if isinstance(q.references, (tuple, list)) else [None]), *([] if q.context is None else [q.context])]
+    what = f"question {str(q.id)[:60]!r}"
+    if not all(isinstance(t, str) for t in texts): return f"{what}: id, text, each of the references (a tuple) and the context, where there is one, have to be texts"
+    if not q.text.strip(): return f"{what}: it needs a text"
+    if any(t != whole_characters(t) for t in texts): return f"{what} holds half a surrogate pair, which is no character: repair the text"
 
 def _same_model(there, cfg):
     diff = [k for k in ("model", "finetune", "lora_r", "lora_alpha", "lora_dropout", "device", "dtype") if getattr(there, k) != getattr(cfg, k)]
@@ -135,9 +156,10 @@ def _same_model(there, cfg):
 # %% ../nbs/09_loop.ipynb #da454d3c
 def default_out(cfg: Config) -> Path:
     "runs/MODEL-VARIANT[-FILTER]-seedN-HASH: the same settings, the same place."
-    later = {("label_free", "off")}                                 # left out where they change nothing: older runs keep their place
-    fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if not Config.__dataclass_fields__[k].metadata["free"] and (k, v) not in later})
-    model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".") or "model"
+    later = dict(label_free="off")                                  # left out where they change nothing: older runs keep their place
+    fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if not Config.__dataclass_fields__[k].metadata["free"] and later.get(k) != v})
+    model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".-") or "model"
+    if model.split(".")[0].upper() in ("CON", "PRN", "AUX", "NUL"): model = f"_{model}"                 # devices of Windows
     variant = cfg.variant + (f"-{cfg.filter}" if cfg.filter else "")
     return Path("runs")/f"{model}-{variant}-seed{cfg.seed}-{hashlib.sha256(fixed.encode()).hexdigest()[:6]}"
 
@@ -147,13 +169,18 @@ def _store_questions(run):
             for s in ("train", "test") for q in getattr(run.data, s)]
     run.dir.write_json("questions.json", rows)
 
-def _stored_questions(path):
+def _stored_questions(path, fingerprint=None):
     f = path/"questions.json"
     if not f.exists(): return None
-    rows = read_json(f, "put the questions' file back in its place and run with it again")
-    of = lambda s: [Question(r["id"], r["text"], tuple(r["references"]), r["context"]) for r in rows if r["split"] == s]
-    try: return Data(of("train"), of("test"))
-    except (KeyError, TypeError): raise StoreError(f"{f} does not hold questions; put the questions' file back in its place and run with it again") from None
+    rows = read_json(f, _AGAIN)
+    of = lambda s: [Question(r["id"], r["text"], tuple(r["references"]) if isinstance(r["references"], list) else None, r["context"]) for r in rows if r["split"] == s]
+    try: data = Data(of("train"), of("test"))
+    except (KeyError, TypeError): data = None
+    if data is None or any(map(_fault, [*data.train, *data.test])): raise StoreError(f"{f} does not hold questions; {_AGAIN}")
+    if isinstance(fingerprint, str) and fingerprint.split()[-1:] != [data.fingerprint]: raise StoreError(f"{f} does not hold the questions of this run; {_AGAIN}")
+    return data
+
+_AGAIN = "delete it and give the run its questions again, as data or in the place that its configuration names: then it is written again"
 
 # %% ../nbs/09_loop.ipynb #6be71083
 def _data_(self) -> Data:
@@ -167,6 +194,7 @@ def _data_(self) -> Data:
 def _engine_(self):
     "The model; loaded when first asked for."
     if self._engine is None:
+        _allowed(self, "trust_remote_code")
         self._engine = Engine(self.cfg)
         print(self._engine.describe())
     return self._engine
@@ -199,6 +227,7 @@ def _parts(self, n, phase, questions):
             began = began or time.perf_counter()
             self._call("on_phase", n, phase, a, len(questions))
             self.engine.use(self._model_folder(n))                  # for each part: a callback may have asked another model
+            self._where, self._bad = f"M_{n}, {phase}", []
             yield part, questions[a:a + size]
     self._settle()
     if began is not None:
@@ -226,21 +255,35 @@ def _store(self, *args):
     "Write a table in the background, after the one before it."
     self._settle()
     if self._writer is None: self._writer = ThreadPoolExecutor(1, "stasc-write")
-    self._pending = self._writer.submit(self.dir.write, *args)
+    self._warn()
+    self._pending = self._writer.submit(self.dir.write, *args, **dict(bad=len(self._bad)) if self._bad else {})
+
+def _warn(self):
+    if self._bad: warnings.warn(f"{len(self._bad)} answers could not be judged and count as 0; the first: {self._bad[0]}", stacklevel=2)
 
 def _settle(self):
     "Wait for the table that is being written; what went wrong with it is raised here."
     pending, self._pending = self._pending, None
     if pending is not None: pending.result()
 
-STaSC._draw, STaSC._store, STaSC._settle, STaSC._writer, STaSC._pending = _draw, _store, _settle, None, None
+STaSC._draw, STaSC._store, STaSC._warn, STaSC._settle, STaSC._writer, STaSC._pending, STaSC._bad = _draw, _store, _warn, _settle, None, None, ()
 
 # %% ../nbs/09_loop.ipynb #18778c6c
-def _answer_columns(self, which, question, sample, index, agreed=None):
-    if question.references or self.cfg.label_free == "off": answer, reward = judge(sample.text, question.references, self.reward, self.cfg.scope)
-    else: reward = label_free_reward(self.cfg.label_free, answer := self._extract(sample.text), sample.logprob, agreed)
-    s = sample
-    values = dict(index=index, text=s.text, answer=answer, reward=reward, token_ids=list(s.token_ids), n_tokens=s.n_tokens,
+def _judged(self, question, text, logprob, agreed):
+    "The final answer of a text, and its reward."
+    if question.references or self.cfg.label_free == "off": return judge(text, question.references, self.reward, self.cfg.scope)
+    return (answer := self._extract(text)), label_free_reward(self.cfg.label_free, answer, logprob, agreed)
+
+def _answer_columns(self, which, question, sample, index, agreed=None, of=None):
+    s, text = sample, whole_characters(sample.text)
+    try: answer, reward = self._judged(question, text, s.logprob, agreed)
+    except RewardError as e:
+        bad = f"{self._where}, question {question.id!r}, {f'initial answer {index}' if of is None else f'correction {index} of initial answer {of}'}: {e}"
+        if self.cfg.bad_reward == "raise": raise RewardError(f"{bad}; mend the reward, or count such answers as 0 with bad_reward = 'skip', and resume the run") from e
+        self._bad.append(bad)
+        answer, reward = None, 0.0
+        with contextlib.suppress(Exception): answer = self._extract(text)
+    values = dict(index=index, text=text, answer=answer, reward=reward, token_ids=list(s.token_ids), n_tokens=s.n_tokens,
                   finish_reason=s.finish_reason, seed=s.seed, logprob=s.logprob)
     return {f"{which}_{k}": v for k, v in values.items()}
 
@@ -261,7 +304,7 @@ def _draw_initial(self, n, phase, questions, count):
                 for q, samples, a in zip(qs, drawn, agreed) for j, s in enumerate(samples)]
         self._store(part_name(n, phase, part), rows, "initial")
 
-STaSC._answer_columns, STaSC._extract, STaSC._agreed, STaSC._draw_initial = _answer_columns, _extract, _agreed, _draw_initial
+STaSC._judged, STaSC._answer_columns, STaSC._extract, STaSC._agreed, STaSC._draw_initial = _judged, _answer_columns, _extract, _agreed, _draw_initial
 
 # %% ../nbs/09_loop.ipynb #15e1907c
 def _draw_corrections(self, n, phase, questions, count):
@@ -274,7 +317,7 @@ def _draw_corrections(self, n, phase, questions, count):
         seeds = [[derive_seed(self.cfg.seed, n, phase, q.id, j, k) for k in range(count)] for q, j, _ in asked]
         drawn = self._draw(self._correction_prompts([(q, text) for q, _, text in asked]), count, seeds)
         agreed = {q.id: self._agreed(q, [text for _, text in texts[q.id]]) for q in qs}
-        rows = [dict(iteration=n, split=split, question_id=q.id, init_index=j) | self._answer_columns("corr", q, s, k, agreed[q.id])
+        rows = [dict(iteration=n, split=split, question_id=q.id, init_index=j) | self._answer_columns("corr", q, s, k, agreed[q.id], j)
                 for (q, j, _), samples in zip(asked, drawn) for k, s in enumerate(samples)]
         self._store(part_name(n, phase, part), rows, "corrections")
 
@@ -317,7 +360,7 @@ def _examples(self, kept):
     "Kept pairs as prompts and the ids that were generated."
     questions = {q.id: q for q in self.data.train}
     prompts = self._correction_prompts([(questions[q], text) for q, text in zip(kept.question_id, kept.init_text)], training=True)
-    return [Example(tuple(prompt), tuple(ids)) for prompt, ids in zip(prompts, kept.corr_token_ids)]
+    return [Example(tuple(prompt), tuple(ids.tolist())) for prompt, ids in zip(prompts, kept.corr_token_ids)]
 
 STaSC._by_part, STaSC._pairs, STaSC._examples = _by_part, _pairs, _examples
 
@@ -327,18 +370,23 @@ def _fit(self, n) -> bool:      # False where nothing was kept
     name, kept_name = f"iter_{n:02d}/{self._kind}", f"iter_{n:02d}/kept.parquet"
     if self.dir.done(name) and self.dir.done(kept_name): return True
     began = time.perf_counter()
-    kept = pd.concat([t[t.kept] for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True)])
+    kept = pd.concat([t.loc[t.kept, [*_KEPT, "init_text", "corr_token_ids"]] for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True)])
     if not self.dir.done(kept_name): self.dir.write(kept_name, kept[_KEPT].to_dict("records"), "kept")
     if kept.empty: return False
     self._call("on_phase", n, "train", 0, len(kept))
-    start = self._model_folder(n - 1) if self.variant.evolving_finetune else None
+    start = self._start(n) if self.variant.evolving_finetune else None
     with self.dir.folder(name) as out: report = self.engine.train(self._examples(kept), start, out, self.cfg, derive_seed(self.cfg.seed, n, "train") % 2**31)
     report["model_seconds"] = round(report.pop("seconds"), 3)
     self.dir.log(iteration=n, phase="train", seconds=round(time.perf_counter() - began, 3), **report)
     self._call("on_phase", n, "train", len(kept), len(kept))
     return True
 
-STaSC._fit = _fit
+def _start(self, n):
+    "Where fine-tuning begins: M_{n-1}, made again from the one before where its folder is gone."
+    if n > 1 and not (self.dir/f"iter_{n - 1:02d}/{self._kind}").exists(): self._fit(n - 1)
+    return self._model_folder(n - 1)
+
+STaSC._fit, STaSC._start = _fit, _start
 
 # %% ../nbs/09_loop.ipynb #e1d17c86
 _KEPT = ["question_id", "init_index", "corr_init_index", "corr_index", "init_reward", "corr_reward"]
@@ -362,19 +410,25 @@ def _step(self) -> Iteration|None:
 
 def _make(self, n):
     try:
-        if not self.dir.manifest: _store_questions(self)
         self._load(n)
         if n and not self._fit(n): self._call("on_run_end"); return None
         self._say(n)
         began = time.perf_counter()
-        self.dir.write_json(f"iter_{n:02d}/metrics.json", self._measure(n))
-        self._prune(n)
+        metrics = self._measure(n)
+        self._prune(n)                                              # before the iteration counts as complete: a kill between the two is made good
+        self.dir.write_json(f"iter_{n:02d}/metrics.json", metrics)
+        if self.n_done <= n: raise StoreError(f"{self.dir/'manifest.jsonl'} is not what iteration {n} made ({min(self._astray(n))}); delete the lines with that name and resume the run")
         it = self[n]
         self.dir.log(iteration=n, phase="metrics", seconds=round(time.perf_counter() - began, 3), model_seconds=0.)
+        _give_back()
+        self._call("on_iteration", it)
+        if n == self.cfg.iterations: self._call("on_run_end")
     except BaseException: self._call("on_stop"); raise
-    self._call("on_iteration", it)
-    if n == self.cfg.iterations: self._call("on_run_end")
     return it
+
+def _give_back():
+    "Hand freed memory back to the system: glibc keeps it in pieces, which differ from iteration to iteration and add up."
+    with contextlib.suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)       # where there is such a call
 
 def _load(self, n):
     "Load the model before the clock of the first phase runs."
@@ -387,15 +441,20 @@ def _load(self, n):
 @contextlib.contextmanager
 def _writing(self):
     "Hold the run directory against other writers."
+    _allowed(self, *PERMISSIONS)
     self.reward                                                     # an unknown one is refused before anything is written
     reports(self.cfg)                                               # so is a place for loss curves that is not there
-    self.dir.open(self.cfg, self.data.fingerprint, json.loads(json.dumps(dataclasses.asdict(self.prompts))))
-    try: yield
+    held = self.dir._depth
+    try:
+        self.dir.open(self.cfg, self.data.fingerprint, json.loads(json.dumps(dataclasses.asdict(self.prompts))))
+        if not (self.dir.manifest and (self.dir/"questions.json").exists()): _store_questions(self)
+        yield
     finally:
         try: self._settle()                                         # a part that was drawn is not lost to an interruption
         finally:
-            if self._writer is not None: self._writer.shutdown(); self._writer = None
-            self.dir.close()
+            try:
+                if self._writer is not None: self._writer.shutdown(); self._writer = None
+            finally: self.dir.close(held)
 
 STaSC.step, STaSC._make, STaSC._load, STaSC._writing = _step, _make, _load, _writing
 
@@ -427,34 +486,41 @@ def _run(self,
 
 def _n_done(self) -> int:
     "How many iterations are complete, M_0 included."
-    n, files = 0, {}
-    for name in list(self.dir.manifest): files.setdefault(name.split("/")[0], []).append(name)
-    there = lambda name: name.endswith("/model") or (self.dir/name).exists()        # a full model may have been pruned
-    while (self.dir/f"iter_{n:02d}"/"metrics.json").exists() and all(map(there, files.get(f"iter_{n:02d}", []))): n += 1
+    n = 0
+    while (self.dir/f"iter_{n:02d}"/"metrics.json").exists() and not self._astray(n): n += 1
     return n
 
-STaSC.__iter__, STaSC.run, STaSC.n_done = _iter, _run, property(_n_done)
+def _astray(self, n): return {name for name in self.dir.astray(n) if not name.endswith("/model")}     # a full model may have been pruned
+
+STaSC.__iter__, STaSC.run, STaSC.n_done, STaSC._astray = _iter, _run, property(_n_done), _astray
 
 # %% ../nbs/09_loop.ipynb #af1926c2
 def _measure(self, n) -> dict:
     "What goes into metrics.json."
-    out = dict(iteration=n, n_kept=len(self.dir.table(n, "kept")) if n else 0)
+    out = dict(iteration=n, n_kept=len(self.dir.table(n, "kept", only=["corr_index"])) if n else 0)
     for split in ("test", "train"):
         t = self._rewards(n, split)
         out[split] = split_metrics(t.init_reward, t.corr_reward, self.cfg.threshold)
     if n and not self.variant.evolving_init:
-        t = self.dir.table(n, "transfer.test", token_ids=False)
+        t = self.dir.table(n, "transfer.test", only=["init_reward"])
         out["transfer"] = dict(n=len(t), acc_t1=float(t.init_reward.mean()))
+    bad = {s: sum(e.get("bad", 0) for name, e in self.dir.manifest.items() if name.startswith(f"iter_{n:02d}/") and name.split("/")[1].endswith(s)) for s in ("train", "test")}
+    if any(bad.values()): out["bad_rewards"] = bad
     if self.cfg.label_free != "off": out["label_free"] = {s: sum(not q.references for q in getattr(self.data, s)) for s in ("train", "test")}
     return out
 
-def _rewards(self, n, split):
-    "The reward of each correction, and of the initial answer that it was drawn for."
+def _reward_parts(self, n, split):
+    "The reward of each correction, and of the initial answer that it was drawn for, part by part."
     keys, of = ["question_id", "init_index"], n if self.variant.evolving_init else 0
-    initial, corrections = (self.dir.table(i, f"{phase}.{split}", only=[*keys, reward]) for i, phase, reward in ((of, "initial", "init_reward"), (n, "corrections", "corr_reward")))
-    return corrections.merge(initial, on=keys, validate="many_to_one")
+    for part in range(len(self.dir.part_names(n, f"corrections.{split}"))):
+        initial, corrections = (self.dir.table(i, f"{phase}.{split}", part, only=[*keys, reward]) for i, phase, reward in ((of, "initial", "init_reward"), (n, "corrections", "corr_reward")))
+        yield corrections.merge(initial, on=keys, validate="many_to_one")
 
-STaSC._measure, STaSC._rewards = _measure, _rewards
+def _rewards(self, n, split):
+    "The same as one table of two columns."
+    return pd.concat([t[["init_reward", "corr_reward"]] for t in self._reward_parts(n, split)], ignore_index=True)
+
+STaSC._measure, STaSC._reward_parts, STaSC._rewards = _measure, _reward_parts, _rewards
 
 # %% ../nbs/09_loop.ipynb #3e73a259
 def _getitem(self, n: int) -> Iteration:
@@ -467,13 +533,19 @@ def _getitem(self, n: int) -> Iteration:
 def _read_metrics(self, n):
     f = self.dir/f"iter_{n:02d}"/"metrics.json"
     metrics = read_json(f, "delete it and resume the run")
-    if not (isinstance(metrics, dict) and {"n_kept", "train", "test"} <= set(metrics)): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
+    if not _are_metrics(metrics, n): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
     return metrics
+
+def _are_metrics(m, n):
+    number = lambda d, *names: isinstance(d, dict) and all(isinstance(d.get(k), (int, float)) for k in names)
+    splits = ("n", "acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i")
+    return number(m, "n_kept", "iteration") and m["iteration"] == n and all(number(m.get(s), *splits) for s in ("train", "test")) and number(m.get("transfer", dict(acc_t1=0)), "acc_t1")
 
 def _example(self, n, outcome):
     rows = next((found for t in self._by_part(n, "test") if len(found := t[t.outcome == outcome])), None)
     if rows is None: return None
     r, q = rows.iloc[0].to_dict(), {q.id: q for q in self.data.test}
+    if r["question_id"] not in q: raise StoreError(f"{self.dir.path} holds answers to question {r['question_id'][:60]!r}, which is not among its questions; its files are not of one run")
     return dict(question=q[r["question_id"]].text, reference=" / ".join(q[r["question_id"]].references), **r)
 
 STaSC.__getitem__, STaSC._read_metrics, STaSC._example = _getitem, _read_metrics, _example
@@ -483,21 +555,30 @@ def _metrics(self) -> pd.DataFrame:
     "One row for each complete iteration."
     flat = lambda d: {(f"{k}_{k2}" if isinstance(v, dict) else k): v2 for k, v in d.items() for k2, v2 in (v.items() if isinstance(v, dict) else [(k, v)])}
     rows = [flat(self._read_metrics(n)) for n in range(self.n_done)]
-    return pd.DataFrame(rows).set_index("iteration") if rows else pd.DataFrame()
+    out = pd.DataFrame(rows).set_index("iteration") if rows else pd.DataFrame()
+    return out.fillna({c: 0 for c in out if c.startswith("bad_rewards_")})
+
+def _stream(self,
+            split: str|None = None,     # train or test; None is both
+            iterations=None,            # numbers; None is all
+           ):                           # yields tables
+    "Trajectories part by part, each as in `trajectories`: for runs that are larger than memory."
+    first = ["iteration", "split", "question_id", "init_index", "corr_index"]
+    for n in range(self.n_done) if iterations is None else iterations:
+        for s in ("train", "test") if split is None else [split]:
+            for t in self._by_part(n, s): yield t.assign(iteration=n, split=s)[first + [c for c in t if c not in first]]
 
 def _trajectories(self) -> pd.DataFrame:
     "One row for each (iteration, split, question, j, k), without token ids."
-    tables = [t.assign(iteration=n, split=split) for n in range(self.n_done) for split in ("train", "test") for t in self._by_part(n, split)]
-    out = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["iteration", "split", "question_id"])
-    first = ["iteration", "split", "question_id", "init_index", "corr_index"]
-    return out[first + [c for c in out if c not in first]]
+    tables = list(self.stream())
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["iteration", "split", "question_id", "init_index", "corr_index"])
 
 def _kept(self) -> pd.DataFrame:
     "One row for each pair that was trained on; `iteration` is the model that learned from it."
     tables = [self.dir.table(n, "kept").assign(iteration=n) for n in range(1, self.n_done)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["iteration", *_KEPT])
 
-STaSC.metrics, STaSC.trajectories, STaSC.kept = property(_metrics), property(_trajectories), property(_kept)
+STaSC.metrics, STaSC.stream, STaSC.trajectories, STaSC.kept = property(_metrics), _stream, property(_trajectories), property(_kept)
 
 # %% ../nbs/09_loop.ipynb #e2e19df9
 _TABLE = {"n_kept": "kept", "train_acc_t1": "train r(Y1)", "train_acc_t2": "train r(Y2)", "test_acc_t1": "test r(Y1)", "test_acc_t2": "test r(Y2)",
@@ -543,8 +624,9 @@ STaSC.curves = _curves
 def _timing(self) -> pd.DataFrame:      # index iteration, phase; seconds, model_seconds, other_seconds, other_share
     "Seconds of each phase: of the model, and of everything around it."
     f, rows = self.dir/"log.jsonl", []
-    for line in f.read_text(encoding="utf-8").splitlines() if f.exists() else []:
-        with contextlib.suppress(ValueError): rows.append(json.loads(line))                         # a killed run may have cut one short
+    for line in f.read_text(encoding="utf-8", errors="replace").splitlines() if f.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):                  # a killed run may have cut one short
+            e = json.loads(line); rows.append((int(e["iteration"]), str(e["phase"]), float(e["seconds"]), float(e["model_seconds"])))
     t = pd.DataFrame(rows, columns=["iteration", "phase", "seconds", "model_seconds"]).groupby(["iteration", "phase"], sort=False).sum()    # a resumed phase has two lines
     return t.assign(other_seconds=t.seconds - t.model_seconds, other_share=1 - t.model_seconds / t.seconds)
 
@@ -558,14 +640,16 @@ def _evaluate(self, questions: list[Question],
     "Answer and correct questions with the model of an iteration; nothing is stored."
     if not self.n_done: raise StoreError(f"{self.dir.path} has no complete iteration yet: run it first")
     n, e, params = self[iteration].n, self.engine, self.cfg.params
+    self._where, self._bad = f"M_{n}, evaluate", []
     e.use(self._model_folder(n) if self.variant.evolving_init else None)
     seeds = lambda phase: [[derive_seed(seed, n, f"evaluate.{phase}", q.id, 0, 0)] for q in questions]
     first = [s[0] for s in e.sample([self.prompter.initial(q) for q in questions], 1, params, seeds("initial"))]
     e.use(self._model_folder(n))
     prompts = [self.prompter.correction(q, s.text) for q, s in zip(questions, first)]
     second = [s[0] for s in e.sample(prompts, 1, params, seeds("correction"))]
-    rows = [dict(question_id=q.id, question=q.text, iteration=n) | self._answer_columns("init", q, a, 0, g) | self._answer_columns("corr", q, b, 0, g)
+    rows = [dict(question_id=q.id, question=q.text, iteration=n) | self._answer_columns("init", q, a, 0, g) | self._answer_columns("corr", q, b, 0, g, 0)
             for q, a, b, g in zip(questions, first, second, (self._agreed(q, [a.text]) for q, a in zip(questions, first)))]
+    self._warn()
     return pd.DataFrame(rows).drop(columns=["init_token_ids", "corr_token_ids"])
 
 STaSC.evaluate = _evaluate

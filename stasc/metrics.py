@@ -100,6 +100,19 @@ def _rows(run, split):
     if len(rows) and split not in (there := set(rows["split"].unique())): raise DataError(unknown("split", split, sorted(there)))
     return rows[rows["split"] == split]
 
+def _run_sums(run, split, t):
+    "What `_sums` gives for a run; one that is on disk is read part by part, and never held as a whole."
+    if isinstance(run, pd.DataFrame) or not hasattr(run, "_reward_parts"): return _sums(_rows(run, split), t)
+    found = []
+    for n in range(run.n_done):
+        parts = [_sums(p, t)[1:] for p in run._reward_parts(n, split)]          # a question stands in one part alone
+        if not parts: return _sums(_rows(run, split), t)                        # says what is wrong
+        ids = np.concatenate([np.asarray(i, object) for i, _ in parts])
+        order = np.argsort(ids)
+        found.append((ids[order], np.concatenate([s[0] for _, s in parts])[order]))
+    if not found or any(len(i) != len(found[0][0]) or (i != found[0][0]).any() for i, _ in found): return _sums(_rows(run, split), t)
+    return range(len(found)), found[0][0], np.stack([s for _, s in found])
+
 def _threshold(run, t): return getattr(getattr(run, "cfg", None), "threshold", 1.0) if t is None else t
 
 # %% ../nbs/10_metrics.ipynb #19b9f290
@@ -112,7 +125,7 @@ def by_iteration(run,                       # a run, or a table of trajectories
                 ) -> pd.DataFrame:          # index iteration; for each measure m the columns m, m_lo, m_hi
     "Each of `MEASURES` by iteration, with a bootstrap interval over questions."
     _check_draws(level, n_boot)
-    iterations, ids, sums = _sums(_rows(run, split), _threshold(run, t))
+    iterations, ids, sums = _run_sums(run, split, _threshold(run, t))
     flat = sums.swapaxes(0, 1).reshape(len(ids), -1)
     drawn = _measures(np.concatenate([w @ flat for w in _draws(len(ids), n_boot, seed)]).reshape(n_boot, len(iterations), -1))
     out = {}

@@ -70,18 +70,37 @@ def find_model(model: str) -> str:      # a folder, or the Hub id as it is
     if not any((folder/f).exists() for f in _TOKENIZER_FILES):
         raise ModelError(f"model folder {model} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
                          "save one there with tokenizer.save_pretrained(folder)")
+    _only_data(folder, model)
     return str(folder)
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+def _only_data(folder, model):
+    "Refuse a folder whose weights could only be read by running what they say."
+    if (folder/"adapter_config.json").exists():
+        raise ModelError(f"model folder {model} holds an adapter (adapter_config.json), where a whole model is needed: merge it into its base with PEFT's merge_and_unload, and save that")
+    files = sorted(f.name for f in folder.iterdir())
+    if (pickles := [f for f in files if f.endswith(_PICKLES)]) and not any(f.endswith(".safetensors") for f in files):
+        raise ModelError(f"model folder {model} holds pickled weights ({pickles[0]}) and no safetensors: reading a pickle may run code, so it is not read; if you trust it, write it anew "
+                         "with AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)")
 
 # %% ../nbs/05_model.ipynb #337cb8e3
 @contextlib.contextmanager
 def _explained(model, what):
     "Turn the libraries' loading errors into one sentence."
-    from safetensors import SafetensorError
     try: yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
-        first = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
+    except ModelError: raise
+    except Exception as e:                          # a file from anywhere may hold anything
+        if "trust_remote_code" in str(e):
+            raise ModelError(f"the {what} of {model} needs Python code that comes with it, which is not run: read that code and, if you trust it, allow it with trust_remote_code = True (--trust-remote-code)") from e
         hint = "" if Path(model).is_dir() else "; without a network, give a local folder as model"
-        raise ModelError(f"the {what} of {model} cannot be loaded: {first}{hint}") from e
+        raise ModelError(f"the {what} of {model} cannot be loaded: {_first_line(e)}{hint}") from e
+
+def _first_line(e) -> str:
+    "What an error says, on one line."
+    lines = [l.strip() for l in str(e).splitlines() if l.strip()] or ["no details"]
+    said = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:300]
+    return said if isinstance(e, (OSError, ValueError, ImportError, RuntimeError)) else f"{type(e).__name__}: {said}"
 
 def load_tokenizer(cfg: Config):
     "The model's own tokenizer."
@@ -102,12 +121,23 @@ def load_base(cfg: Config,
     kw = dict(dtype=torch.float32 if cfg.finetune == "full" else getattr(torch, dtype))
     if cfg.finetune == "qlora": kw |= dict(quantization_config=_nf4(getattr(torch, dtype)), device_map={"": device})
     with _explained(source, "model"), _no_bar(source):
+        if not cfg.trust_remote_code: _no_foreign_kernel(source)
         model, info = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=cfg.trust_remote_code,
                                                            output_loading_info=True, **kw)
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(f"the model {source} is not complete: {len(lacking)} weights are missing, {lacking[0]} among them")
     if cfg.finetune == "qlora": return _with_gradient(model).eval()
     return model.to(device).eval()
+
+# %% ../nbs/05_model.ipynb #aa3c9460
+def _no_foreign_kernel(source):
+    "Refuse a model whose configuration names a Hub repository to take its attention from: that would be downloaded and run."
+    from transformers import PretrainedConfig
+    d, _ = PretrainedConfig.get_config_dict(source)
+    for part in [d, *(v for v in d.values() if isinstance(v, dict))]:
+        for k in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(part.get(k)): raise ModelError(f"the model {source} asks for {k} = {part[k]!r}, code from the Hub, which is not run: take the line out of its config.json or, if you trust it, "
+                                                         "allow it with trust_remote_code = True (--trust-remote-code)")
 
 # %% ../nbs/05_model.ipynb #fca18f98
 def _with_gradient(model):
@@ -192,10 +222,12 @@ def _read_adapter(self, folder):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     file = folder/"adapter_model.safetensors"
+    if not file.exists() and (pickles := sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)):
+        raise ModelError(f"adapter {folder} holds pickled weights ({pickles[0]}) and no adapter_model.safetensors: reading a pickle may run code, so it is not read; resume the run to make the adapter again")
     try:
         found = set_peft_model_state_dict(self.model, load_file(file))
     except (OSError, SafetensorError, RuntimeError) as e:
-        raise ModelError(f"adapter {file} cannot be read into this model: {str(e).splitlines()[0]}") from e
+        raise ModelError(f"adapter {file} cannot be read into this model: {_first_line(e)}") from e
     lacking = [k for k in found.missing_keys if "lora_" in k]
     if lacking or found.unexpected_keys:
         raise ModelError(f"adapter {file} does not fit this model: {len(lacking)} weights missing, {len(found.unexpected_keys)} unknown")
@@ -241,6 +273,7 @@ def _stop_ids(self) -> list[int]:
     "Tokens that end a text."
     ids = getattr(self.base.generation_config, "eos_token_id", None)
     ids = ids if isinstance(ids, list) else [ids]
+    if wrong := [i for i in ids if not isinstance(i, int | None)]: raise ModelError(f"the generation_config.json of {self.source} names {wrong[0]!r} as a token that ends a text; expected a number")
     return sorted({i for i in [*ids, self.tokenizer.eos_token_id] if i is not None})
 
 def _pad_id(self) -> int:

@@ -77,15 +77,16 @@ def _cached(hub_id):
 # %% ../nbs/07b_plan.ipynb #9389b6b2
 def _read_shape(file) -> Shape:
     try: d = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise ModelError(f"{file} cannot be read: {e}") from None
-    d = d.get("text_config", d) if isinstance(d, dict) else {}
+    except (OSError, ValueError, RecursionError) as e: raise ModelError(f"{file} cannot be read: {e}") from None
+    for _ in range(2): d = d.get("text_config", d) if isinstance(d, dict) else {}
     if any(d.get(k) for k in ("num_experts", "num_local_experts", "n_routed_experts")): raise ModelError(f"{file}: a mixture of experts cannot be planned for")
     need = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    if lacking := [k for k in need if not (isinstance(d.get(k), int) and d[k] > 0)]:
-        raise ModelError(f"{file}: {', '.join(lacking)} missing; only decoder-only models in the manner of Llama can be planned for")
+    more = [k for k in ("num_key_value_heads", "head_dim") if d.get(k)]
+    if lacking := [k for k in (*need, *more) if not (isinstance(d.get(k), int) and d[k] > 0)]:
+        raise ModelError(f"{file}: {', '.join(lacking)} missing or not a number; only decoder-only models in the manner of Llama can be planned for")
     hidden, layers, heads, inner, vocabulary = (d[k] for k in need)
     return Shape(hidden, layers, heads, d.get("num_key_value_heads") or heads, d.get("head_dim") or hidden // heads, inner, vocabulary,
-                 bool(d.get("tie_word_embeddings", d.get("model_type", "").startswith("gemma"))), d.get("model_type", "llama"))
+                 bool(d.get("tie_word_embeddings", str(d.get("model_type", "")).startswith("gemma"))), d.get("model_type", "llama"))
 
 # %% ../nbs/07b_plan.ipynb #7e31faaa
 GB = 1e9

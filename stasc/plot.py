@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from .core import DataError, StoreError, unknown
 from .metrics import MEASURES, by_iteration, kept_changes, kept_correlation, named_runs, paper_table
 from .paper import Published, published
-from .patterns import label, pattern_counts
+from .patterns import PATTERNS, label, pattern_counts
 from .store import whole
 
 # %% ../nbs/11_plot.ipynb #2f69964d
@@ -140,6 +140,8 @@ def _rows(run):
     if (rows := getattr(run, "trajectories", None)) is not None: return rows
     raise DataError(f"{_told(next(iter(named_runs(run))))} has no trajectories, which this picture is drawn from")
 
+def _streams(run): return hasattr(run, "stream")        # a run on disk, read part by part
+
 def _model(run): return Path(str(getattr(getattr(run, "cfg", run), "model", None) or "")).name
 
 def _threshold(run): return getattr(getattr(run, "cfg", None), "threshold", 1.0)
@@ -224,8 +226,8 @@ def _check_split(split):
 
 def _curves(run, split, level):
     "acc_t1 and acc_t2 by iteration, with the ends of intervals where there are trajectories and a level."
-    rows, m = getattr(run, "trajectories", None) if level else None, run.metrics
-    if rows is not None: return by_iteration(rows, split, _threshold(run), level)
+    m = run.metrics
+    if level and (_streams(run) or getattr(run, "trajectories", None) is not None): return by_iteration(run, split, _threshold(run), level)
     return pd.DataFrame({k: m[f"{split}_{k}"] for k in ("acc_t1", "acc_t2")})
 
 def _draw_line(ax, t, column, label, style):
@@ -471,7 +473,7 @@ def _stack(ax, shares, styles):         # shares: index iteration, a column for 
 def transitions(run, split: str = "test"):      # matplotlib Figure
     "Shares of corrections by whether the initial answer was right and whether the correction is."
     _check_split(split)
-    (name, m), t = _one(run), by_iteration(_rows(run), split, _threshold(run), n_boot=1)
+    (name, m), t = _one(run), by_iteration(run if _streams(run) else _rows(run), split, _threshold(run), n_boot=1)
     shares = pd.DataFrame({"right → right": t.right_right, "wrong → right": t.i_to_c, "right → wrong": t.c_to_i, "wrong → wrong": t.wrong_wrong})
     fig, axes = _new(8, 4.3)
     _stack(axes[0, 0], shares, {c: s for c, s in zip(shares, ((GREEN, ""), (SKY, "//"), (RED, "xx"), ("#C8C8C8", "..")))})
@@ -546,14 +548,18 @@ def alarm_rates(run,                    # a run, or a table of trajectories
                 split: str = "test",    # or "train"
                ) -> pd.DataFrame:       # index iteration; init_tokens, corr_tokens (means), repeats, init_cut_off, corr_cut_off (shares)
     "Length of texts, and how many are copies or cut off, by iteration."
-    rows = run if isinstance(run, pd.DataFrame) else _rows(run)
     _check_split(split)
-    corr = rows[rows["split"] == split]
+    tables = [run] if isinstance(run, pd.DataFrame) else run.stream(split) if _streams(run) else [_rows(run)]
+    sums = pd.concat([_alarm_sums(t[t["split"] == split]) for t in tables]).groupby(level="iteration").sum()
+    return sums[["init_tokens", "corr_tokens", "repeats", "init_cut_off", "corr_cut_off"]].div(sums.init, axis=0).assign(**{c: sums[c] / sums["corr"] for c in ("corr_tokens", "repeats", "corr_cut_off")})
+
+def _alarm_sums(corr):
+    "Counts of a table, and what they are shares of."
     init = corr.drop_duplicates(["iteration", "question_id", "init_index"])
     same = pd.Series([a.split() == b.split() for a, b in zip(corr.init_text, corr.corr_text)], corr.index, dtype=bool)
-    by = lambda x, t: x.groupby(t["iteration"]).mean()
-    return pd.DataFrame(dict(init_tokens=by(init.init_n_tokens, init), corr_tokens=by(corr.corr_n_tokens, corr), repeats=by(same, corr),
-                             init_cut_off=by(init.init_finish_reason == "length", init), corr_cut_off=by(corr.corr_finish_reason == "length", corr)))
+    by = lambda x, t: x.groupby(t["iteration"]).sum()
+    return pd.DataFrame(dict(init=init.groupby("iteration").size(), corr=corr.groupby("iteration").size(), init_tokens=by(init.init_n_tokens, init), corr_tokens=by(corr.corr_n_tokens, corr),
+                             repeats=by(same, corr), init_cut_off=by(init.init_finish_reason == "length", init), corr_cut_off=by(corr.corr_finish_reason == "length", corr)))
 
 # %% ../nbs/11_plot.ipynb #b1476070
 _ALARMS = [("mean length, tokens", ("init_tokens", "corr_tokens")), ("corrections that repeat the initial answer word for word", ("repeats",)), ("cut off at the limit of tokens", ("init_cut_off", "corr_cut_off"))]
@@ -587,8 +593,7 @@ def pattern_shares(labelled,                # made by `label`; or a run
     "Shares of the correction patterns by iteration."
     _check_split(split)
     name = "" if isinstance(labelled, pd.DataFrame) else _one(labelled)[0]
-    if name: labelled = label(_rows(labelled), getattr(labelled, "data", None), _threshold(labelled))
-    shares = pattern_counts(labelled, split, share=True)
+    shares = _shares(labelled, split) if name else pattern_counts(labelled, split, share=True)
     shares = shares.loc[:, shares.any()]
     if shares.empty: raise DataError(f"there are no trajectories on {_SPLITS[split]}, so there are no patterns to draw")
     common = shares.mean().nlargest(7).index if shares.shape[1] > 8 else shares.columns
@@ -598,6 +603,14 @@ def pattern_shares(labelled,                # made by `label`; or a run
     axes[0, 0].set(title=f"{plain(name, 36)}\n{_SPLITS[split]}".strip(), ylabel="share of corrections")
     told = ", ".join(f"{_told(c)} {_from_to(shares[c])}" for c in shares)
     return fig, f"Correction patterns{f' of {_told(name)}' * bool(name)} on {_SPLITS[split]}, {_iterations(shares)}: {told}."
+
+# %% ../nbs/11_plot.ipynb #f3943e88
+def _shares(run, split):
+    "Shares of the patterns in a run, part by part where it is on disk."
+    found = [pattern_counts(label(t, getattr(run, "data", None), _threshold(run)), split) for t in (run.stream(split) if _streams(run) else [_rows(run)])]
+    counts = pd.concat(found).groupby(level=0).sum() if found else pattern_counts(label(_rows(run)), split)
+    names = [*PATTERNS, *sorted(c for c in counts if c not in PATTERNS)]
+    return counts[names].div(counts.sum(axis=1), axis=0)
 
 # %% ../nbs/11_plot.ipynb #5c83353e
 def save(fig,                   # a picture of this module, or any matplotlib Figure

@@ -7,7 +7,7 @@ __all__ = ['PromptSet', 'prompt_set', 'initial_messages', 'correction_messages',
            'Prompter']
 
 # %% ../nbs/03_prompt.ipynb #8565e70a
-import functools, re
+import functools, json, re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -35,21 +35,33 @@ def prompt_set(name: str,           # packaged name such as default, or a YAML/J
     path = Path(str(folder/f"{name}.yaml")) if name in packaged else Path(name)
     if not path.exists(): raise PromptError(unknown("prompt set", name, packaged) + "; a file with this name does not exist either")
     d = read_mapping(path)
-    if not isinstance(d, dict): raise PromptError(f"prompt set {path.name}: expected a mapping with initial and correction")
-    for part, needed in _REQUIRED.items(): _check_part(path.name, d, part, needed)
+    return _checked(path.name, dict(name=path.stem) | d if isinstance(d, dict) else d)
+
+def _checked(where: str, d: dict) -> PromptSet:
+    "The prompt set that a mapping holds."
+    if not isinstance(d, dict): raise PromptError(f"prompt set {where}: expected a mapping with initial and correction")
+    if wrong := [k for k in d if k not in PromptSet.__dataclass_fields__]: raise PromptError(f"prompt set {where}: " + unknown("part", wrong[0], PromptSet.__dataclass_fields__))
+    for part, needed in _REQUIRED.items(): _check_part(where, d, part, needed)
+    for part in ("name", "example"):
+        if not isinstance(d.get(part, ""), str): raise PromptError(f"prompt set {where}: {part} needs a text")
     if d.get("examples") and not (d.get("example") and "{examples}" in d["correction"]["user"]):
-        raise PromptError(f"prompt set {path.name} has examples, so it needs a text under example, and {{examples}} in correction.user")
-    return PromptSet(d.get("name", path.stem), d["initial"], d["correction"], d.get("example", ""), tuple(_examples(path.name, d)))
+        raise PromptError(f"prompt set {where} has examples, so it needs a text under example, and {{examples}} in correction.user")
+    made = PromptSet(d["name"], d["initial"], d["correction"], d.get("example", ""), tuple(_examples(where, d)))
+    try: json.dumps([made.initial, made.correction, made.example, made.examples], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError: raise PromptError(f"prompt set {where} holds half a surrogate pair, which is no character: repair the text") from None
+    return made
 
 # %% ../nbs/03_prompt.ipynb #7b4484bd
 def _check_part(name, d, part, needed):
     p = d.get(part)
     if not (isinstance(p, dict) and isinstance(p.get("user"), str) and isinstance(p.get("system", ""), str)):
         raise PromptError(f"prompt set {name}: {part} needs a text under user (and may have one under system)")
+    if wrong := [k for k in p if k not in ("system", "user")]: raise PromptError(f"prompt set {name}: {part}: " + unknown("part", wrong[0], ("system", "user")))
     for f in needed:
         if f"{{{f}}}" not in p["user"]: raise PromptError(f"prompt set {name}: {part}.user must hold {{{f}}}")
 
 def _examples(name, d):
+    if not isinstance(d.get("examples") or [], (list, tuple)): raise PromptError(f"prompt set {name}: examples needs a list")
     for i, e in enumerate(d.get("examples") or []):
         for f in ("question", "initial_answer", "correction"):
             if not isinstance(e, dict) or not isinstance(e.get(f), str):
@@ -108,10 +120,10 @@ def render_text(tokenizer,                  # of transformers
         text = _text(tokenizer, messages)
         if system is None or system.strip() in text: return text
     except Exception as e:
-        if system is None: raise PromptError(f"the chat template of {tokenizer.name_or_path} cannot be rendered: {e}") from None
+        if system is None: raise PromptError(f"the chat template of {tokenizer.name_or_path} cannot be rendered: {' '.join(str(e).split())}") from None
     merged = [dict(role="user", content=f"{system}\n\n{messages[1]['content']}"), *messages[2:]]
     try: return _text(tokenizer, merged)
-    except Exception as e: raise PromptError(f"the chat template of {tokenizer.name_or_path} cannot be rendered: {e}") from None
+    except Exception as e: raise PromptError(f"the chat template of {tokenizer.name_or_path} cannot be rendered: {' '.join(str(e).split())}") from None
 
 # %% ../nbs/03_prompt.ipynb #96d4c819
 def render(tokenizer, messages: list[dict]) -> list[int]:     # token ids

@@ -156,6 +156,13 @@ def _marker_pattern(marker: str) -> re.Pattern:
     if not words: raise RewardError(f"marker {marker!r} of the final answer has no words in it")
     return re.compile(rf"(?P<opens>^[ \t*_`#>-]*+)?(?<![^\W_]){words}(?![^\W_])[ \t*_`]*+(?:is\b[ \t*_`]*+)?(?P<separator>[:：]|[-–—=](?=\s))?", re.I | re.M)
 
+def _last_marker(text: str, marker: str) -> re.Match|None:
+    "The last place where a marker opens a line or has a separator behind it; without one, the last of all."
+    last = clear = None
+    for last in _marker_pattern(marker).finditer(text):
+        if last["opens"] is not None or last["separator"]: clear = last
+    return clear or last
+
 def _undecorated(line: str) -> str:
     "The line without the Markdown around it."
     line = re.sub(r"^[#>•-]+\s+", "", line.strip())
@@ -166,9 +173,8 @@ def final_answer(text: str,                     # generated text
                  marker: str = "Final Answer",  # what the prompt asks for, in any case
                 ) -> str|None:                  # the answer, "" where none follows, None without a marker
     "What a text gives as its final answer."
-    found = list(_marker_pattern(marker).finditer(text))
-    if not found: return None
-    last = next((m for m in reversed(found) if m["opens"] is not None or m["separator"]), found[-1])
+    last = _last_marker(text, marker)
+    if not last: return None
     return next(filter(None, map(_undecorated, text[last.end():].splitlines())), "")
 
 # %% ../nbs/01_reward.ipynb #05d08e19
@@ -180,7 +186,9 @@ def judge(text: str,                # generated text
     "The final answer of a text and the reward it earns."
     if scope not in ("final", "full"): raise RewardError(unknown("scope", scope, ("final", "full")))
     reward = get_reward(reward)
-    answer = getattr(reward, "extract", final_answer)(text)
+    try: answer = getattr(reward, "extract", final_answer)(text)
+    except RewardError: raise
+    except Exception as e: raise RewardError(f"reward {reward_name(reward)} failed to extract the answer of {text if len(text) <= 80 else text[:79] + '…'!r}: {type(e).__name__}: {e}") from e
     judged = text if scope == "full" else answer
     return answer, 0.0 if judged is None else _checked(reward, judged, references)
 

@@ -9,7 +9,7 @@ __all__ = ['ANSWER', 'code_block', 'isolation', 'Verdict', 'run_code', 'code_rew
 import contextlib, functools, inspect, json, os, re, secrets, shutil, signal, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from .reward import _marker_pattern
+from .reward import _last_marker
 
 # %% ../nbs/01a_runner.ipynb #89a547d3
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
@@ -18,8 +18,7 @@ def code_block(text: str,                       # generated text
                marker: str = "Final Answer",    # what the prompt asks for
               ) -> str|None:                    # the program, None where there is neither marker nor block
     "The program in a text."
-    found = list(_marker_pattern(marker).finditer(text))
-    last = next((m for m in reversed(found) if m["opens"] is not None or m["separator"]), found[-1] if found else None)
+    last = _last_marker(text, marker)
     after = text[last.end():] if last else ""
     if block := _FENCE.search(after): return block[1]
     if blocks := _FENCE.findall(text): return blocks[-1]

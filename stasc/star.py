@@ -132,9 +132,9 @@ def _examples(self, kept):
     questions = {q.id: q for q in self.data.train}
     return [Example(tuple(self.prompter.initial(questions[q])), tuple(ids)) for q, ids in zip(kept.question_id, kept.corr_token_ids)]
 
-def _rewards(self, n, split): return pd.concat([t[["init_reward", "corr_reward"]] for t in self._by_part(n, split)])
+def _reward_parts(self, n, split): return self._by_part(n, split)
 
-STaR._by_part, STaR._hinted, STaR._examples, STaR._rewards = _by_part, _hinted, _examples, _rewards
+STaR._by_part, STaR._hinted, STaR._examples, STaR._reward_parts = _by_part, _hinted, _examples, _reward_parts
 
 # %% ../nbs/13a_star.ipynb #637e3302
 class Round(Iteration):

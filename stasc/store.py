@@ -6,11 +6,11 @@
 __all__ = ['read_json', 'whole', 'columns', 'write_table', 'read_tables', 'RunDir', 'part_name']
 
 # %% ../nbs/08_store.ipynb #dff0633e
-import contextlib, hashlib, json, os, shutil
+import contextlib, hashlib, json, os, re, shutil
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from .core import Config, StoreError
+from .core import Config, StoreError, whole_characters
 
 # %% ../nbs/08_store.ipynb #d51997bc
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def _said(path, what="written"):
 def read_json(path, advice: str):
     "What a JSON file holds."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise StoreError(f"{path} cannot be read ({e}); {advice}") from None
+    except (OSError, ValueError, RecursionError) as e: raise StoreError(f"{path} cannot be read ({e}); {advice}") from None
 
 def _sync(path):
     "Flush a file, or a folder's list of names, to the disk."
@@ -50,7 +50,7 @@ def whole(path: Path):          # the file or folder to make
         finally: _remove(tmp)
 
 def _remove(path):
-    if path.is_dir(): shutil.rmtree(path)
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
 # %% ../nbs/08_store.ipynb #09ca97c4
@@ -71,6 +71,7 @@ def columns(kind: str) -> list[str]:    # "initial", "corrections" or "kept"
 def write_table(path: Path, rows: list[dict], kind: str):
     "Write rows as one Parquet file, whole or not at all."
     import pyarrow as pa, pyarrow.parquet as pq
+    rows = [{k: whole_characters(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
     with whole(path) as tmp: pq.write_table(pa.Table.from_pylist(rows, schema=_schema(kind)), tmp, compression="zstd")
 
 def read_tables(paths: list[Path], kind: str,
@@ -79,11 +80,21 @@ def read_tables(paths: list[Path], kind: str,
                ):                           # pandas DataFrame
     "Read Parquet files as one table."
     import pyarrow as pa, pyarrow.parquet as pq
-    tables, names = [], only or [c for c in columns(kind) if token_ids or not c.endswith("token_ids")]
+    schema = _schema(kind)
+    tables, names = [], only or [c for c in schema.names if token_ids or not c.endswith("token_ids")]
     for p in paths:
         try: tables.append(pq.ParquetFile(p).read(names))
         except (OSError, pa.ArrowException) as e: raise StoreError(f"{p} is no readable Parquet file ({str(e).splitlines()[0]}); delete it and resume the run to draw it again") from e
-    return (pa.concat_tables(tables) if tables else _schema(kind).empty_table().select(names)).to_pandas()
+        if wrong := _wrong_columns(tables[-1], schema, names): raise StoreError(f"{p} is no table of this kind ({wrong}); delete it and resume the run to draw it again")
+    return (pa.concat_tables(tables) if tables else schema.empty_table().select(names)).to_pandas()
+
+def _wrong_columns(table, schema, names) -> str:
+    "What of a table is not as it was written."
+    for n in names:
+        if table.column_names.count(n) != 1: return f"column {n} stands there {table.column_names.count(n)} times"
+        if table.schema.field(n).type != schema.field(n).type: return f"column {n} is {table.schema.field(n).type}, not {schema.field(n).type}"
+        if table[n].null_count and not n.endswith(("_answer", "_logprob")): return f"column {n} has empty cells"
+    return ""
 
 # %% ../nbs/08_store.ipynb #a9c9d2e4
 _PACKAGES = ("stasc", "torch", "transformers", "peft", "pyarrow", "numpy")
@@ -104,6 +115,10 @@ class RunDir:
     "The directory of one run."
     def __init__(self, path: str|Path):
         self.path, self.manifest, self._lock, self._depth = Path(path), {}, None, 0
+        self._mark = None                                           # of the settings, once it is open for writing
+        try: named = b"\0" not in os.fsencode(self.path)
+        except UnicodeEncodeError: named = False
+        if not named: raise StoreError(f"{str(path)!r} is no name of a directory; choose another")
         self._read_manifest()
 
     def __truediv__(self, name): return self.path/name
@@ -114,12 +129,24 @@ class RunDir:
             if not (self/"manifest.jsonl").exists(): return
             lines = (self/"manifest.jsonl").read_bytes().splitlines(keepends=True)
         for i, line in enumerate(lines):
-            try: entry = json.loads(line); self.manifest[entry["name"]] = entry
-            except (ValueError, KeyError, TypeError):
+            try: entry = _entry(line, self/"manifest.jsonl"); self.manifest[entry["name"]] = entry
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 if i + 1 < len(lines): raise StoreError(f"{self/'manifest.jsonl'}, line {i + 1} is damaged; delete that line and resume the run to make its file again") from None
                 break
             if not line.endswith(b"\n"): del self.manifest[entry["name"]]; break
             self._good += len(line)
+
+def _check(entry): return hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:8]
+
+def _entry(line, where) -> dict:
+    "A line of the manifest, its own checksum compared (older versions wrote none). The directory may come from elsewhere: what it names lies in it."
+    entry = json.loads(line)
+    check = entry.pop("check", None)
+    if check not in (None, _check(entry)): raise ValueError
+    if not (isinstance(entry["name"], str) and isinstance(entry["sha256"], str)): raise TypeError
+    if {"", ".", ".."} & set(re.split(r"[/\\]", entry["name"])) or re.search(r"[:\0]", entry["name"]):
+        raise StoreError(f"{where} names {entry['name'][:80]!r}, which is no file of a run directory; delete that line, and trust the rest as little")
+    return entry
 
 # %% ../nbs/08_store.ipynb #5732894a
 def _open(self, cfg: Config,
@@ -129,14 +156,18 @@ def _open(self, cfg: Config,
     "Open for writing: take the lock, clear away what a killed run left half-written, check that this is the same run."
     self._take_lock()
     try:
-        if self.config() is None and (own := [f.name for f in self.path.iterdir() if f.name not in (".lock", ".tmp-config.json")]):
+        own = [f.name for f in self.path.iterdir() if f.name not in (".lock", ".tmp-config.json")]
+        if self.config() is None and own and not any("settings" in e for e in self.manifest.values()):
             raise StoreError(f"{self.path} holds other files ({own[0]}) and no run; choose a new or an empty directory")
+        if link := next((n for n in ("config.json", "manifest.jsonl", "log.jsonl", "questions.json") if (self/n).is_symlink()), None):
+            raise StoreError(f"{self/link} is a link, and the run would write to where it points; put the file itself in its place")
         for pattern in (".tmp-*", "iter_*/.tmp-*", "iter_*/*/.tmp-*"):
             for tmp in self.path.glob(pattern): _remove(tmp)
         self._read_manifest()                                       # another process may have gone on since
         if (self/"manifest.jsonl").exists():
             with _said(self/"manifest.jsonl"): os.truncate(self/"manifest.jsonl", self._good)
         self.check_same(cfg, fingerprint, prompts)
+        self._mark_settings(cfg, fingerprint, prompts)
         new = dict(config=cfg.to_dict(), prompts=prompts, data_fingerprint=fingerprint, versions=(self.config() or {}).get("versions") or _versions())
         if new != self.config(): self.write_json("config.json", new)
     except BaseException: self.close(); raise
@@ -159,9 +190,9 @@ def _take_lock(self):
         if not isinstance(e, filelock.Timeout): raise StoreError(f"{self.path} cannot be locked: {getattr(e, 'strerror', None) or e}") from e
         raise StoreError(f"run directory {self.path} is in use by another process; wait for it to end, or choose another directory") from None
 
-def _close(self):
-    "Let go of the lock, once for each `open`."
-    self._depth = max(0, self._depth - 1)
+def _close(self, depth: int|None = None):
+    "Let go of the lock, once for each `open`; or whatever was opened beyond a depth."
+    self._depth = max(0, self._depth - 1) if depth is None else min(depth, self._depth)
     if self._lock and not self._depth: self._lock.release(); self._lock = None
 
 RunDir._take_lock, RunDir.close = _take_lock, _close
@@ -171,8 +202,9 @@ def _config(self) -> dict|None:
     "What config.json holds: config, data_fingerprint, versions; None where there is none."
     f = self/"config.json"
     if not f.exists(): return None
-    there = read_json(f, f"is {self.path} a run directory?")
-    if not (isinstance(there, dict) and isinstance(there.get("config"), dict)): raise StoreError(f"{f} holds no configuration; is {self.path} a run directory?")
+    begun = (self/"manifest.jsonl").exists()
+    there = read_json(f, "delete it and run with the settings and questions of before: what was made with them stays, and config.json is written again" if begun else f"is {self.path} a run directory?")
+    if not (isinstance(there, dict) and isinstance(there.get("config"), dict) and isinstance(there.get("versions", {}), dict)): raise StoreError(f"{f} holds no configuration; is {self.path} a run directory?")
     return there
 
 def _check_same(self, cfg,
@@ -183,23 +215,41 @@ def _check_same(self, cfg,
     if there is None or not self.manifest: return                   # nothing was drawn with those settings yet
     diff = [f"{f.name}: {there['config'].get(f.name)!r} there, {getattr(cfg, f.name)!r} here" for f in fields(cfg)
             if not f.metadata["free"] and there["config"].get(f.name, f.default) != getattr(cfg, f.name)]
-    if fingerprint and there["data_fingerprint"] != fingerprint: diff.append("the questions are not the same")
+    if fingerprint and there.get("data_fingerprint") != fingerprint: diff.append("the questions are not the same")
     if prompts and there.get("prompts") != prompts: diff.append("the wording of the prompts is not the same")
     if diff: raise StoreError(f"{self.path} holds a run with other settings ({'; '.join(diff)}); choose another directory, or resume that run as it is")
 
-RunDir.config, RunDir.check_same = _config, _check_same
+def _mark_settings(self, cfg, fingerprint, prompts):
+    "What the lines of the manifest are marked with; refuse where they are marked with something else."
+    fixed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if not f.metadata["free"] and getattr(cfg, f.name) != f.default}
+    self._mark = hashlib.sha256(json.dumps([fixed, fingerprint, prompts], sort_keys=True).encode()).hexdigest()[:8]
+    there, other = self.config(), [n for n, e in self.manifest.items() if e.get("settings", self._mark) != self._mark]
+    if not other: return
+    if there is None: raise StoreError(f"{self.path} holds a run with other settings or questions, and its config.json is lost; give those that it was begun with, or choose another directory")
+    if there.get("versions", {}).get("stasc") == _versions().get("stasc"):      # defaults may change from version to version
+        raise StoreError(f"{self/'config.json'} has changed: {other[0]} was made with other settings; delete it and run with the settings and questions of before, or choose another directory")
+
+RunDir.config, RunDir.check_same, RunDir._mark_settings = _config, _check_same, _mark_settings
 
 # %% ../nbs/08_store.ipynb #b51df515
 def _record(self, name, **facts):
     "Enter a finished file or folder into the manifest."
-    entry = dict(name=name, **facts, sha256=_digest(self/name))
+    entry = dict(name=name, **facts, sha256=_digest(self/name)) | (dict(settings=self._mark) if self._mark else {})
     with _said(self/"manifest.jsonl"), (self/"manifest.jsonl").open("a", encoding="utf-8", newline="\n") as f:
-        f.write(json.dumps(entry) + "\n"); f.flush(); os.fsync(f.fileno())
+        f.write(json.dumps(entry | dict(check=_check(entry))) + "\n"); f.flush(); os.fsync(f.fileno())
     self.manifest[name] = entry
 
 def _done(self, name: str) -> bool:
     "Is this file or folder complete?"
     return name in self.manifest and (self/name).exists()
+
+_TABLES = ("initial.*/part-*.parquet", "corrections.*/part-*.parquet", "transfer.*/part-*.parquet", "kept.parquet", "adapter", "model")
+
+def _astray(self, iteration: int) -> set:
+    "Files of an iteration that the manifest knows and the disk does not, or the other way round: somebody took them out."
+    folder = f"iter_{iteration:02d}"
+    known = {n for n in self.manifest if n.startswith(f"{folder}/")}
+    return {n for n in known if not (self/n).exists()} | {p.relative_to(self.path).as_posix() for o in _TABLES for p in (self/folder).glob(o)} - known
 
 def _verified(self, name):
     "The path of a complete file, after comparing its checksum."
@@ -208,13 +258,13 @@ def _verified(self, name):
         raise StoreError(f"{self/name} is damaged (its checksum is not the manifest's); delete it and resume the run to make it again")
     return self/name
 
-RunDir._record, RunDir.done, RunDir.verified = _record, _done, _verified
+RunDir._record, RunDir.done, RunDir.astray, RunDir.verified = _record, _done, _astray, _verified
 
 # %% ../nbs/08_store.ipynb #e2c968d0
-def _write(self, name: str, rows: list[dict], kind: str):
-    "Store rows as one Parquet file."
+def _write(self, name: str, rows: list[dict], kind: str, **facts):
+    "Store rows as one Parquet file; facts go into the manifest."
     write_table(self/name, rows, kind)
-    self._record(name, rows=len(rows))
+    self._record(name, rows=len(rows), **facts)
 
 @contextlib.contextmanager
 def _folder(self, name: str):
@@ -228,7 +278,9 @@ def _write_json(self, name: str, value):
 
 def _log(self, **facts):
     "Append a line to log.jsonl: times, which no two runs share."
-    with _said(self/"log.jsonl"), (self/"log.jsonl").open("a", encoding="utf-8") as f: f.write(json.dumps(facts) + "\n")
+    with _said(self/"log.jsonl"), (self/"log.jsonl").open("a+b") as f:
+        torn = f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read() != b"\n")[1]        # a full disk, or a kill, cut the last line short
+        f.write(b"\n" * torn + json.dumps(facts).encode() + b"\n")
 
 RunDir.write, RunDir.folder, RunDir.write_json, RunDir.log = _write, _folder, _write_json, _log
 

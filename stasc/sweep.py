@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .core import Config, ConfigError, DataError, StascError, StoreError, Variant, unknown, visible
+from .core import PERMISSIONS, Config, ConfigError, DataError, StascError, StoreError, Variant, unknown, visible
 from .data import Data
 from .loop import Progress, STaSC
 from .metrics import _t_interval, paper_table
@@ -113,7 +113,7 @@ def _lend(source, target, name) -> bool:        # False where the source has not
         file = there.verified(name)
         with whole(target/name) as tmp: shutil.copytree(file, tmp, copy_function=_link) if file.is_dir() else _link(file, tmp)
     except (StoreError, OSError, TypeError, KeyError): return False             # another process is at work there, or it is damaged: made anew instead
-    target._record(name, **{k: v for k, v in there.manifest[name].items() if k not in ("name", "sha256")})
+    target._record(name, **{k: v for k, v in there.manifest[name].items() if k not in ("name", "sha256", "settings")})
     return True
 
 def _link(source, target):
@@ -121,7 +121,7 @@ def _link(source, target):
     except OSError: shutil.copyfile(source, target)
 
 # %% ../nbs/14_sweep.ipynb #1a78ab82
-_NOT_OF_THE_MODEL = {*_BY_PHASE - {"lora_r", "lora_alpha", "lora_dropout", "gradient_checkpointing"}, "seed", "data", "test_data", "question_column", "reference_column",
+_NOT_OF_THE_MODEL = {"bad_reward", *_BY_PHASE - {"lora_r", "lora_alpha", "lora_dropout", "gradient_checkpointing"}, "seed", "data", "test_data", "question_column", "reference_column",
                      "n_train", "n_test", "reward", "scope", "prompts", "shots", "temperature", "top_p", "top_k", "part_size"}
 
 class Engines:
@@ -145,6 +145,7 @@ class Engines:
 # %% ../nbs/14_sweep.ipynb #13186d7d
 class Sweep:
     "A sweep on disk."
+    asks = {}                                                       # trial -> what it was allowed, which its directory cannot allow
     def __init__(self, out: str|Path, trials: dict): self.path, self.trials = Path(out), trials     # trials: name -> Config
 
     @classmethod
@@ -153,8 +154,12 @@ class Sweep:
         f = Path(out)/"sweep.json"
         if not f.exists(): raise StoreError(f"{out} is not the directory of a sweep: it has no sweep.json")
         there = read_json(f, f"is {out} the directory of a sweep?")
-        try: return cls(out, {name: Config.from_dict(c, where=f"{f}, {name}") for name, c in there["trials"].items()})
+        try:
+            s = cls(out, {name: Config.from_dict(c | dict.fromkeys(PERMISSIONS, False), where=f"{f}, {name}") for name, c in there["trials"].items()})
+            s.asks = {name: k for name, c in there["trials"].items() for k in PERMISSIONS if c.get(k)}
         except (KeyError, TypeError, AttributeError): raise StoreError(f"{f} holds no trials; give the grid again, which writes it anew") from None
+        if wrong := [n for n in s.trials if not re.fullmatch(r"\w[\w=,.+-]{0,199}", n, re.A)]: raise StoreError(f"{f} names a trial {wrong[0][:80]!r}, which is no name of a directory in it; take it out")
+        return s
 
     def run_of(self, name: str, kind=STaSC, **kw) -> STaSC:
         "The run of a trial as it stands on disk."
@@ -385,7 +390,11 @@ def _importable(*functions):
 # %% ../nbs/14_sweep.ipynb #27f97064
 def _together(out, trials, data):
     "What the directory holds, and the new trials; refused where a name stands for other settings."
-    there = Sweep.open(out).trials if (Path(out)/"sweep.json").exists() else {}
+    old = Sweep.open(out) if (Path(out)/"sweep.json").exists() else Sweep(out, {})
+    there = old.trials
+    if asks := {n: k for n, k in old.asks.items() if n not in trials}:
+        name, k = next(iter(asks.items()))
+        raise ConfigError(f"{out} holds trials with {k} = True ({name}), and a directory, which may come from anywhere, cannot allow that: if you trust what it would run, give the whole grid again with --{k.replace('_', '-')}")
     if not (trials or there): raise StoreError(f"{out} holds no sweep to go on with; give a grid")
     for name, cfg in trials.items():
         if diff := [f.name for f in fields(Config) if name in there and not f.metadata["free"] and getattr(there[name], f.name) != getattr(cfg, f.name)]:

@@ -11,7 +11,7 @@ import contextlib, gc, logging, math, os, random, sys, tempfile, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Config, ConfigError, TrainError, unknown
-from .sample import HFSampler, ScriptedSampler
+from .sample import HFSampler, ScriptedSampler, memory_ran_out
 from .sample_vllm import VLLMSampler, check_vllm
 
 # %% ../nbs/07_train.ipynb #efda9b09
@@ -164,12 +164,18 @@ def _trainer(lm, examples, args):
             if not self.completions_alone: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             with self.accelerator.autocast(): return completion_loss(lm.base, inputs, num_items_in_batch)
 
+        def log(self, logs, *more, **kw):
+            super().log(logs, *more, **kw)
+            if not math.isfinite(logs.get("loss", 0)): raise TrainError(_other_rate(f"the loss is not a number from step {self.state.global_step} on", args))
+
     trainer = CompletionTrainer(model=lm.model, args=args, train_dataset=list(examples), data_collator=list)
     trainer.remove_callback(PrinterCallback)
     with trainer.accelerator.autocast(): trainer.completions_alone = same_loss(lm.base, examples, lm.pad_id, 1e-4 if lm.dtype == "float32" else 2e-3)
     if trainer.completions_alone: trainer.model_accepts_loss_kwargs = True      # the loss is divided by num_items_in_batch, and by nothing else
     else: warnings.warn(f"{type(lm.base).__name__} has a loss of its own: training takes its full logits, and more memory")
     return trainer
+
+def _other_rate(what, args): return f"{what}; lower learning_rate (now {args.learning_rate:g}) or use dtype = 'float32', in another run directory: what this one holds stays as it is"
 
 # %% ../nbs/07_train.ipynb #c5a7906c
 @contextlib.contextmanager
@@ -203,10 +209,7 @@ def fine_tune(lm,                           # `LM` after `start`
             lm.model.config.use_cache = True
             lm.model.zero_grad(set_to_none=True)
         losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    if not losses or not all(map(math.isfinite, losses)):
-        raise TrainError(f"the loss is not a number from step {_first_bad(losses)} on; lower learning_rate (now {cfg.learning_rate:g}) or use dtype = 'float32'")
-    if not all(p.isfinite().all() for p in lm.model.parameters() if p.requires_grad):
-        raise TrainError(f"fine-tuning gave weights that are not numbers; lower learning_rate (now {cfg.learning_rate:g}) or use dtype = 'float32'")
+    if not all(p.isfinite().all() for p in lm.model.parameters() if p.requires_grad): raise TrainError(_other_rate("fine-tuning gave weights that are not numbers", args))
     lm.model.eval()
     return dict(steps=len(losses), tokens=sum(len(e.completion_ids) for e in examples), first_loss=losses[0], last_loss=losses[-1],
                 seconds=time.perf_counter() - began)
@@ -220,7 +223,7 @@ def _own_randomness():
         try: yield
         finally: random.setstate(py); np.random.set_state(nump)
 
-def _first_bad(losses): return next((i + 1 for i, x in enumerate(losses) if not math.isfinite(x)), 1)
+
 
 # %% ../nbs/07_train.ipynb #4d9bb4a2
 class Engine:
@@ -251,12 +254,19 @@ def _train(self, examples: list[Example],
         checkpointing = cfg.gradient_checkpointing == "on" or self.short_of_memory
         self.lm.start(start, seed)
         try: report = fine_tune(self.lm, examples, cfg, seed, checkpointing, log)
-        except torch.OutOfMemoryError:
-            if checkpointing or cfg.gradient_checkpointing == "off": raise
+        except (RuntimeError, MemoryError) as e:
+            if not memory_ran_out(e): raise
+        if report is None:
+            gc.collect(); torch.cuda.empty_cache()                  # here, where the error holds the activations no longer
+            if checkpointing or cfg.gradient_checkpointing == "off": raise TrainError(_too_little_memory(cfg))
             self.short_of_memory = True
-        if report is None: gc.collect(); torch.cuda.empty_cache()   # here, where the error holds the activations no longer
     self.lm.save(out)
     return report
+
+def _too_little_memory(cfg):
+    mend = "resume with gradient_checkpointing = 'auto'" if cfg.gradient_checkpointing == "off" else "free memory and resume"
+    return (f"memory does not suffice to fine-tune on {cfg.train_batch} corrections at once; {mend}, or begin in another run directory with a smaller train_batch "
+            f"(now {cfg.train_batch}) and as much larger a grad_accumulation (now {cfg.grad_accumulation})")
 
 Engine.train = _train
 

@@ -7,10 +7,11 @@ __all__ = ['page_data', 'diff_html', 'html_page', 'Browser', 'browse', 'report']
 
 # %% ../nbs/12_view.ipynb #78648179
 import base64, difflib, gzip, hashlib, html, json, math, re
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 import pandas as pd
-from .core import Config, DataError, Question, visible
+from .core import Config, DataError, Question, StoreError, visible
 from .loop import STaSC
 from .patterns import PATTERNS, label
 from .store import whole
@@ -52,23 +53,35 @@ def _page_size(per_question): return max(5, min(50, int(2000 / per_question)))
 def _within(trajectories, limit):
     "The trajectories of as many whole questions as fit, test first, and how many questions of each split were left out."
     if len(trajectories) <= limit: return trajectories, {}
-    sizes = trajectories.groupby(["split", "question_id"], sort=False).size()
+    fits, left = _fitting(trajectories.groupby(["split", "question_id"], sort=False).size(), limit)
+    keys = pd.MultiIndex.from_frame(trajectories[["split", "question_id"]])
+    return trajectories[keys.isin(fits)], left
+
+def _fitting(sizes, limit):             # trajectories of each (split, question)
+    "The questions that fit, and how many of each split do not."
     ordered = pd.concat([sizes[sizes.index.get_level_values("split") == s] for s in ("test", "train")])
     fits = ordered.cumsum() <= limit
     fits.iloc[0] = True
     left = (~fits).groupby(level="split").sum()
-    keys = pd.MultiIndex.from_frame(trajectories[["split", "question_id"]])
-    return trajectories[keys.isin(fits.index[fits])], {s: int(k) for s, k in left.items() if k}
+    return fits.index[fits], {s: int(k) for s, k in left.items() if k}
 
 # %% ../nbs/12_view.ipynb #7328353c
 _esc = html.escape
 
+def _steps(a, b):
+    "How many a comparison takes at worst."
+    count = Counter(a)
+    return sum(count[w] for w in b) * min(len(a), len(b))
+
 def diff_html(before: str, after: str) -> str:
     "The text `after`, with the words that were taken from `before` and those that were added marked."
-    a, b = (re.findall(r"\s+|\S+", t) for t in (before, after))
-    if len(a) * len(b) > 4_000_000: return _esc(after)
+    for pattern, same in ((r"\s+|\S+", str), (r"\S+\s*|\s+", str.strip)):       # spaces between long texts match too often
+        a, b = (re.findall(pattern, t) for t in (before, after))
+        one, other = (list(map(same, words)) for words in (a, b))
+        if _steps(one, other) < 3_000_000: break
+    else: return _esc(after)
     put = lambda tag, words: f"<{tag}>{_esc(''.join(words))}</{tag}>" if words else ""
-    parts = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    parts = difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes()
     return "".join(_esc("".join(b[k:l])) if op == "equal" else put("del", a[i:j]) + put("ins", b[k:l]) for op, i, j, k, l in parts)
 
 # %% ../nbs/12_view.ipynb #0bd37872
@@ -153,6 +166,18 @@ class Browser:
 # %% ../nbs/12_view.ipynb #d6bd272e
 def _as_list(x): return None if x is None else [x] if isinstance(x, (str, int)) else list(x)
 
+def _of_run(run, limit, splits=("train", "test"), iterations=None, questions=None):
+    "What `page_data` gives for a run, which is read part by part: how many trajectories each question has, then those that are shown."
+    iterations, asked = range(run.n_done) if iterations is None else iterations, [*run.data.train, *run.data.test]
+    counts = {s: [t.groupby("question_id", sort=False).size() for n in iterations for t in run._reward_parts(n, s)] for s in splits}
+    if not any(counts.values()): return page_data(run.trajectories, asked)
+    sizes = pd.concat({s: pd.concat(c).groupby(level=0, sort=False).sum() for s, c in counts.items() if c}, names=["split", "question_id"])
+    if questions is not None: sizes = sizes[sizes.index.get_level_values("question_id").isin(questions)]
+    fits, left = _fitting(sizes, limit)
+    of = {s: set(fits[fits.get_level_values("split") == s].get_level_values("question_id")) for s in splits}
+    rows = pd.concat([t[t.question_id.isin(of[s])] for n in sorted(iterations) for s in splits for t in run.stream(s, [n])], ignore_index=True)
+    return page_data(rows, asked, run.cfg.threshold, len(rows)) | dict(left_out=left)
+
 def browse(self: STaSC,
            split: str|None = None,          # train or test; None is both
            iterations=None,                 # a number or several; None is all
@@ -161,12 +186,11 @@ def browse(self: STaSC,
            height: int = 720,               # pixels
           ) -> Browser:
     "Look at the trajectories: every first answer, its corrections, what they earned, and what was kept."
-    t = self.trajectories
-    for column, wanted in (("split", _as_list(split)), ("iteration", _as_list(iterations)), ("question_id", _as_list(questions))):
-        if wanted is None: continue
-        if missing := [w for w in wanted if w not in set(t[column])]: raise DataError(f"{column} {missing[0]!r} has no trajectory in this run")
-        t = t[t[column].isin(wanted)]
-    return Browser(page_data(t, [*self.data.train, *self.data.test], self.cfg.threshold, limit), _title(self), height)
+    splits, iterations, questions = _as_list(split), _as_list(iterations), _as_list(questions)
+    ids = {q.id for s in splits or ("train", "test") for q in getattr(self.data, s, ())}
+    for column, wanted, there in (("split", splits, ("train", "test")), ("iteration", iterations, range(self.n_done)), ("question_id", questions, ids)):
+        if missing := [w for w in wanted or () if w not in there]: raise DataError(f"{column} {missing[0]!r} has no trajectory in this run")
+    return Browser(_of_run(self, limit, [s for s in ("train", "test") if splits is None or s in splits], iterations, questions), _title(self), height)
 
 def _title(run): return f"STaSC {run.cfg.variant}, {visible(Path(run.cfg.model).name, 80)}, seed {run.cfg.seed}"
 
@@ -193,8 +217,7 @@ def _rates(run, split):
 def _summary_html(run):
     from stasc import plot
     from stasc.metrics import MEASURES, gap
-    labelled = label(run.trajectories, [*run.data.train, *run.data.test])
-    figures = [plot.reward_curves(run), plot.transitions(run), plot.pattern_shares(labelled), plot.kept_counts(run), plot.alarms(run)]
+    figures = [plot.reward_curves(run), plot.transitions(run), plot.pattern_shares(run), plot.kept_counts(run), plot.alarms(run)]
     pictures = "".join(f"<figure>{plot.figure_html(f)}</figure>" for f in figures)
     ahead = gap(run).rename(index=lambda n: f"M_{n}", columns=lambda c: f"{MEASURES[c.removesuffix('_change')]}{', since M_0' if c.endswith('_change') else ''}").map("{:+.3f}".format)
     return (f"<div class=pictures>{pictures}</div>" + _frame_html(_rates(run, "test"), "Held-out questions (95 % intervals by bootstrap over questions)")
@@ -206,7 +229,8 @@ def report(self: STaSC,
            limit: int = 50_000,         # trajectories at most; whole questions are left out beyond it
           ) -> Path:                    # where it was written
     "Write curves, tables, settings and the trajectory browser into one HTML file that needs nothing else."
-    d, path = page_data(self.trajectories, [*self.data.train, *self.data.test], self.cfg.threshold, limit), Path(path or self.dir/"report.html")
+    d, path = _of_run(self, limit), Path(path or self.dir/"report.html")
+    if path.is_dir(): raise StoreError(f"{path} cannot be written: Is a directory")
     ended = f"<p>{_esc(self.ended)}</p>" if self.ended else ""
     before = f"<h1>{_esc(_title(self))}</h1><p>{_esc(self.variant.words)}; {d['n']:,} trajectories shown.</p>{ended}{_settings_html(self)}{_summary_html(self)}<h2>Trajectories</h2>"
     with whole(path) as tmp: tmp.write_text(html_page(_title(self), d, before), encoding="utf-8", newline="\n")

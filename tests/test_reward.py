@@ -133,13 +133,31 @@ def test_final_answer_of_broken_markup(text):
                                 " Final answer: {}\n"]))
 def test_the_last_marker_wins(before, form): assert final_answer(before.replace("\ud800", "") + form.format("Jane Austen")) == "Jane Austen"
 
-def test_long_texts_take_linear_time():
-    hostile = ["*" * 200_000, "final " * 40_000, "final" + " " * 200_000, "Final Answer: " * 20_000, "Final Answer" + "*" * 200_000, "\n" * 200_000,
-               "Final Answer:" + "\n** **" * 40_000, ("> " * 50 + "\n") * 2_000, "Final Answer - " + "# " * 100_000]
-    start = time.perf_counter()
-    for text in hostile: final_answer(text)
-    assert time.perf_counter() - start < 5
+HOSTILE = ["*", "final ", "Final Answer:", "Final Answer: ", "final answer ", "Final Answer** ", "\n** **", "> ", "# ", "\n", " ", "\t", "```\n", "   ```\n", "`", "\\boxed{", "A ", "A! ", "1,000 ", "yes no ", "\ud800", "\u2028"]
 
+def readers():
+    "All that reads a whole text of a model."
+    from stasc.core import Question, visible, whole_characters
+    from stasc.data import question_key
+    from stasc.maths import math_answer, math_equal
+    from stasc.runner import code_block
+    rewards = [lambda t, r=r: get_reward(r)(t, ["A", "yes"]) for r in ("in_accuracy", "exact_match", "token_f1", "yes_no", "multiple_choice")]
+    return [final_answer, code_block, math_answer, whole_characters, lambda t: math_equal(t, ["5"]), lambda t: visible(t, 10**9), lambda t: question_key(Question("q", t, ("x",))), *rewards]
+
+def taken(f, text):
+    start = time.process_time()
+    f(text)
+    return time.process_time() - start
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_eight_times_the_text_takes_about_eight_times_as_long(piece):
+    "A step for each pair of characters would take 64 times as long; short times are noise and are not compared."
+    for f in readers():
+        short, long = (min(taken(f, piece * n) for _ in range(2)) for n in (4_000, 32_000))
+        assert long < 0.05 or long < 30 * short, (f, short, long)
+
+def test_a_million_markers():
+    assert final_answer("Final Answer:" * 1_000_000) == "" and final_answer("Final Answer:" * 1_000_000 + "7") == "7"
 
 # --- judge and the registry
 
