@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['GPUS', 'Plan', 'Config', 'Question', 'Sample', 'SamplingParams', 'StascError', 'Variant', 'all_variants', 'Data',
            'load_questions', 'read_questions', 'by_couple', 'fact_error', 'fact_questions', 'make_world',
-           'question_kind', 'reasons', 'FILTERS', 'apply_filter', 'pair', 'Live', 'Iteration', 'STaSC', 'split_metrics',
-           'MEASURES', 'by_iteration', 'compare', 'gap', 'kept_correlation', 'measure', 'over_seeds', 'paper_table',
-           'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label', 'pattern_counts', 'exact_match', 'final_answer',
-           'get_reward', 'in_accuracy', 'judge', 'math_equal', 'multiple_choice', 'register', 'rouge_l', 'token_f1',
-           'yes_no', 'baselines', 'baselines_of', 'STaR', 'sc', 'Sweep', 'sweep', 'TASKS', 'configure', 'reward_of',
-           'task_of', 'CurveExplorer', 'FilterExplorer', 'PromptInspector', 'RewardDebugger']
+           'question_kind', 'reasons', 'GoldControl', 'knowledge', 'FILTERS', 'apply_filter', 'pair', 'Live',
+           'Iteration', 'STaSC', 'split_metrics', 'MEASURES', 'by_iteration', 'compare', 'gap', 'kept_correlation',
+           'measure', 'over_seeds', 'paper_table', 'PathStore', 'PATTERNS', 'TAGS', 'add_pattern', 'examples', 'label',
+           'pattern_counts', 'exact_match', 'final_answer', 'get_reward', 'in_accuracy', 'judge', 'math_equal',
+           'multiple_choice', 'register', 'rouge_l', 'token_f1', 'yes_no', 'baselines', 'baselines_of', 'dpo_rows',
+           'load_shared', 'model_card', 'push_to_hub', 'save_adapter', 'sft_rows', 'STaR', 'sc', 'Sweep', 'sweep',
+           'TASKS', 'configure', 'reward_of', 'task_of', 'digit_share', 'filter_study', 'reward_study',
+           'sampling_study', 'study_runs', 'transfer_study', 'CurveExplorer', 'FilterExplorer', 'PromptInspector',
+           'RewardDebugger']
 
 # %% ../nbs/16_all.ipynb #a696204d
 import stasc.view                                   # gives `STaSC` its `browse` and `report`
@@ -19,23 +22,28 @@ from .core import Config, Question, Sample, SamplingParams, StascError, Variant,
 from .data import Data, load_questions, read_questions
 from .facts import by_couple, fact_error, fact_questions, make_world, question_kind, reasons
 from .filter import FILTERS, apply_filter, pair
+from .knowledge import GoldControl, knowledge
 from .live import Live
 from .loop import Iteration, STaSC, split_metrics
 from .metrics import MEASURES, by_iteration, compare, gap, kept_correlation, measure, over_seeds, paper_table
+from .paths import PathStore
 from .patterns import PATTERNS, TAGS, add_pattern, examples, label, pattern_counts
 from .plan import GPUS, Plan
 from .reward import exact_match, final_answer, get_reward, in_accuracy, judge, multiple_choice, register, rouge_l, token_f1, yes_no
 from .maths import math_equal
+from .share import dpo_rows, load_shared, model_card, push_to_hub, save_adapter, sft_rows
 from .star import STaR, sc
+from .study import digit_share, filter_study, reward_study, sampling_study, study_runs, transfer_study
 from .sweep import Sweep, sweep
 from .task import TASKS, configure, reward_of, task_of
 from .widgets import CurveExplorer, FilterExplorer, PromptInspector, RewardDebugger
 
 _all_ = ["GPUS", "Plan", "Config", "Question", "Sample", "SamplingParams", "StascError", "Variant", "all_variants", "Data", "load_questions", "read_questions",
-         "by_couple", "fact_error", "fact_questions", "make_world", "question_kind", "reasons",
+         "by_couple", "fact_error", "fact_questions", "make_world", "question_kind", "reasons", "GoldControl", "knowledge",
          "FILTERS", "apply_filter", "pair", "Live", "Iteration", "STaSC", "split_metrics",
          "MEASURES", "by_iteration", "compare", "gap", "kept_correlation", "measure", "over_seeds", "paper_table",
-         "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
+         "PathStore", "PATTERNS", "TAGS", "add_pattern", "examples", "label", "pattern_counts",
          "exact_match", "final_answer", "get_reward", "in_accuracy", "judge", "math_equal", "multiple_choice", "register", "rouge_l", "token_f1", "yes_no",
-         "baselines", "baselines_of", "STaR", "sc", "Sweep", "sweep", "TASKS", "configure", "reward_of", "task_of",
+         "baselines", "baselines_of", "dpo_rows", "load_shared", "model_card", "push_to_hub", "save_adapter", "sft_rows", "STaR", "sc", "Sweep", "sweep", "TASKS", "configure", "reward_of", "task_of",
+         "digit_share", "filter_study", "reward_study", "sampling_study", "study_runs", "transfer_study",
          "CurveExplorer", "FilterExplorer", "PromptInspector", "RewardDebugger"]

@@ -181,6 +181,7 @@ class Config:
     # run directory
     keep_models: int = opt(0, "with full fine-tuning, how many models to keep on disk; 0 keeps all", 0, free=True)
     part_size: int = opt(128, "questions per file: what a killed run may lose", 1)
+    report_to: str = opt("none", "where loss curves go besides: what transformers reports to, e.g. tensorboard or tensorboard,wandb", free=True)
 
     def __post_init__(self): _validate(self)
 

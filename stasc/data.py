@@ -72,6 +72,7 @@ def _questions(source: str,     # file or data set, for messages
     for n, (place, row) in enumerate(rows, 1):
         if not isinstance(row, dict): raise DataError(f"{source}, {place}: expected an object with columns, found {_short(row)}")
         columns = columns or {k: _column(k, list(row), dict(question=question_column, reference=reference_column).get(k), source, bare) for k in _COLUMNS}
+        if columns["reference"] is None: columns["reference"] = _column("reference", list(row), reference_column, source, bare)     # the first row with one names it
         out.append(_question(f"{source}, {place}", f"{stem}-{n}", row, columns, bare))
     if not out: raise DataError(f"{source}: holds no questions")
     return _unique_ids(out, source)
@@ -90,7 +91,7 @@ def _question(where, made_id, row, columns, bare=False) -> Question:
                     references, None if context is None else _text(context, at["context"]))
 
 def _empty(value) -> bool:
-    if isinstance(value, dict): value = value.get("text", value.get("value"))
+    if isinstance(value, dict) and {"text", "value"} & set(value): value = value.get("text", value.get("value"))
     return value is None or isinstance(value, float) and value != value or isinstance(value, (str, list)) and not value or isinstance(value, str) and not value.strip()
 
 # %% ../nbs/02_data.ipynb #e855302f

@@ -20,7 +20,7 @@ from .prompt import Prompter, PromptSet, _checked, prompts_of
 from .reward import final_answer, judge, reward_name
 from .store import RunDir, _check, part_name, read_json
 from .task import reward_of
-from .train import Engine, Example, ScriptedEngine
+from .train import Engine, Example, ScriptedEngine, reports
 
 # %% ../nbs/09_loop.ipynb #4d6c733d
 def split_metrics(init_reward: pd.Series,   # one for each trajectory
@@ -436,13 +436,14 @@ def _load(self, n):
     began = time.perf_counter()
     self.engine
     took = round(time.perf_counter() - began, 3)
-    self.dir.log(iteration=n, phase="load", seconds=took, model_seconds=took)
+    self.dir.log(iteration=n, phase="load", seconds=took, model_seconds=took, model=self.engine.describe())     # where "auto" has led
 
 @contextlib.contextmanager
 def _writing(self):
     "Hold the run directory against other writers."
     _allowed(self, *PERMISSIONS)
     self.reward                                                     # an unknown one is refused before anything is written
+    reports(self.cfg)                                               # so is a place for loss curves that is not there
     held = self.dir._depth
     try:
         self.dir.open(self.cfg, self.data.fingerprint, json.loads(json.dumps(dataclasses.asdict(self.prompts))))

@@ -163,7 +163,7 @@ def _asked(self, t):
         judge = lambda text, question: f(question, text, r.answer if isinstance(r.answer, str) else None)
         judge.__name__ = name
         try: return _checked(judge, r.text, r.question)
-        except RewardError as e: raise RewardError(f"confidence of question {r.question_id!r}, iteration {r.iteration}, {r.kind} {r.init_index}/{r.corr_index}: {e}") from e
+        except RewardError as e: raise RewardError(f"confidence of question {r.question_id!r}, iteration {r.iteration}, {r.kind} {r.init_index}/{r.corr_index}: {str(e).removeprefix('reward ')}") from e
     ask = lambda rows: [(one(r),) for r in rows.itertuples()]
     if name == "<lambda>": return [x for x, in ask(t)]
     word = re.sub(r"\W+", "_", name)[:60]

@@ -369,7 +369,8 @@ def side_by_side(runs,                          # dict of names, or list; publis
         for m, style in zip(measures, (dict(lw=1.2, mfc="white", ls=":", marker="o"), dict(marker="o"))): ax.plot([], [], color=_FAINT, label=_words(m), **style)
         _legend(fig)
     _label_ends(fig, {ax: _with_digits(ax, e) for ax, e in ends.items()})
-    return fig, f"{words} on {_SPLITS[split]}, by iteration. {' '.join(told)}"
+    where = _SPLITS["train" if measures == ["n_kept"] else split]
+    return fig, f"{words} on {where}, by iteration. {' '.join(told)}"
 
 # %% ../nbs/11_plot.ipynb #7507dd6c
 _INITIALIZATION = dict(E="Evolving Initialization", F="Fixed Initialization", N="")

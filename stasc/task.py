@@ -32,11 +32,17 @@ TASKS = {t.name: t for t in (
     Task("math", "a number or a short expression", "math", "math_equal", dict(max_new_tokens=512)),
     Task("code", "a Python program that has to pass tests", "code", "run_tests", dict(max_new_tokens=512)),
     Task("arithmetic", "three-digit addition, for the embedded model", "arithmetic", "in_accuracy"),
-    Task("facts", "fictional persons and places, for the second embedded model", "facts", "exact_match"))}
+    Task("facts", "fictional persons and places, for the second embedded model", "facts", "exact_match", dict(model="embedded-facts", shots=0, max_new_tokens=32)))}
 
 # %% ../nbs/02b_task.ipynb #c03c39df
 def task_of(cfg: Config) -> Task:
     "The task of a configuration."
+    task = _named(cfg)
+    if task.name == "facts" and cfg.model == "embedded":
+        raise ConfigError("the questions are about fictional persons, of whom the model 'embedded' (additions) knows nothing: take model = 'embedded-facts' (--model embedded-facts), or stasc demo --task facts")
+    return task
+
+def _named(cfg):
     if cfg.task != "auto" and cfg.task not in TASKS: raise ConfigError(unknown("task", cfg.task, TASKS))
     if cfg.task != "auto": return TASKS[cfg.task]
     preset = PRESETS.get(cfg.data.partition(":")[0].partition("@")[0])
@@ -58,4 +64,4 @@ def configure(data: str,        # preset, part of one or file
              ) -> Config:
     "A configuration with the settings that suit the task of `data`."
     cfg = Config(data=data, **options)
-    return cfg.replace(**task_of(cfg).options | options)
+    return cfg.replace(**_named(cfg).options | options)

@@ -204,6 +204,7 @@ def test_alt_texts_hold_true_figures(run):
     assert "a run" in told and "iterations 0 to 5" in told
     assert f("test_acc_t2") in side_by_side([run]).alt
     assert f"{m.n_kept.iloc[1]} to {m.n_kept.iloc[-1]}" in kept_counts(run).alt
+    assert "training questions" in side_by_side([run], "n_kept").alt       # what is kept is of the training questions, whichever split is asked for
     rows = run.trajectories.query("split == 'test' and iteration == 5")
     share = ((rows.init_reward == 1) & (rows.corr_reward == 0)).mean()
     assert re.search(rf"right → wrong [\d.]+ to {share:.3f}", transitions(run).alt)
