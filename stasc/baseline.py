@@ -139,4 +139,7 @@ def baselines_of(engine,            # e.g. `Engine(cfg)`
     "All baselines of a model that no run has trained."
     cfg = cfg or getattr(engine, "cfg", None) or Config()
     if not questions: raise DataError("no questions were given")
-    with tempfile.TemporaryDirectory() as tmp: return baselines(STaSC(cfg, out or f"{tmp}/run", data=Data([], list(questions)), engine=engine, callbacks=[]), **options)
+    with tempfile.TemporaryDirectory() as tmp:
+        run = STaSC(cfg, out or f"{tmp}/run", engine=engine, callbacks=[])
+        run._data = Data([], list(questions))                           # a run to be trained would refuse to have no training questions
+        return baselines(run, **options)

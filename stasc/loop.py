@@ -370,7 +370,7 @@ def _fit(self, n) -> bool:      # False where nothing was kept
     name, kept_name = f"iter_{n:02d}/{self._kind}", f"iter_{n:02d}/kept.parquet"
     if self.dir.done(name) and self.dir.done(kept_name): return True
     began = time.perf_counter()
-    kept = pd.concat([t.loc[t.kept, [*_KEPT, "init_text", "corr_token_ids"]] for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True)])
+    kept = pd.concat([t.loc[t.kept, [*_KEPT, "init_text", "corr_token_ids", "corr_finish_reason"]] for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True)])
     if not self.dir.done(kept_name): self.dir.write(kept_name, kept[_KEPT].to_dict("records"), "kept")
     if kept.empty: return False
     self._call("on_phase", n, "train", 0, len(kept))

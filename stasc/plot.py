@@ -583,6 +583,14 @@ def alarms(run, split: str = "test"):       # matplotlib Figure
             "share of corrections that repeat the initial answer", "share of initial answers cut off", "share of corrections cut off")))
     return fig, f"Signs of collapse in {_told(name)} on {_SPLITS[split]}, {_iterations(m)}: {', '.join(told)}."
 
+# %% ../nbs/11_plot.ipynb #f3943e88
+def _shares(run, split):
+    "Shares of the patterns in a run, part by part where it is on disk."
+    found = [pattern_counts(label(t, getattr(run, "data", None), _threshold(run)), split) for t in (run.stream(split) if _streams(run) else [_rows(run)])]
+    counts = pd.concat(found).groupby(level=0).sum() if found else pattern_counts(label(_rows(run)), split)
+    names = [*PATTERNS, *sorted(c for c in counts if c not in PATTERNS)]
+    return counts[names].div(counts.sum(axis=1), axis=0)
+
 # %% ../nbs/11_plot.ipynb #d2879342
 _AREAS = [(BLUE, ""), (RED, "xx"), ("#C8C8C8", ".."), (YELLOW, "//"), (SKY, "\\\\"), (GREEN, "||"), (PURPLE, "--"), (ORANGE, "++")]
 
@@ -603,14 +611,6 @@ def pattern_shares(labelled,                # made by `label`; or a run
     axes[0, 0].set(title=f"{plain(name, 36)}\n{_SPLITS[split]}".strip(), ylabel="share of corrections")
     told = ", ".join(f"{_told(c)} {_from_to(shares[c])}" for c in shares)
     return fig, f"Correction patterns{f' of {_told(name)}' * bool(name)} on {_SPLITS[split]}, {_iterations(shares)}: {told}."
-
-# %% ../nbs/11_plot.ipynb #f3943e88
-def _shares(run, split):
-    "Shares of the patterns in a run, part by part where it is on disk."
-    found = [pattern_counts(label(t, getattr(run, "data", None), _threshold(run)), split) for t in (run.stream(split) if _streams(run) else [_rows(run)])]
-    counts = pd.concat(found).groupby(level=0).sum() if found else pattern_counts(label(_rows(run)), split)
-    names = [*PATTERNS, *sorted(c for c in counts if c not in PATTERNS)]
-    return counts[names].div(counts.sum(axis=1), axis=0)
 
 # %% ../nbs/11_plot.ipynb #5c83353e
 def save(fig,                   # a picture of this module, or any matplotlib Figure

@@ -85,7 +85,7 @@ def figures(run,
             n: int,                 # of M_n
            ) -> pd.DataFrame:       # index 0 and n; for each measure m the columns m, m_lo, m_hi
     "Held-out figures of M_0 and M_n with 95 % intervals."
-    rows = pd.concat([run._rewards(i, "test").assign(iteration=i) for i in (0, n)], ignore_index=True)
+    rows = pd.concat([t.assign(iteration=i) for i in (0, n) for t in run._reward_parts(i, "test")], ignore_index=True)
     if _clustered(run): rows = rows.assign(init_index=rows.question_id + "/" + rows.init_index.astype(str), question_id=rows.question_id.map(couple_of))
     t = by_iteration(rows, t=run.cfg.threshold)
     return t[[f"{m}{end}" for m in _SHOWN for end in ("", "_lo", "_hi")]]

@@ -60,7 +60,7 @@ def pool(tables: list,          # of answers, one for each seed: question_id, in
 def held_out(run, iteration: int = -1) -> pd.DataFrame:     # question_id, init_index, init_reward, corr_reward
     "What a run's model earned on the held-out questions."
     if not -run.n_done <= iteration < run.n_done: raise DataError(f"{run.dir.path.name} has no iteration {iteration}: {run.n_done} are complete; let it run on")
-    return run._rewards(iteration % run.n_done, "test")
+    return pd.concat(run._reward_parts(iteration % run.n_done, "test"), ignore_index=True)
 
 # %% ../nbs/14b_study.ipynb #50525005
 def contrast(a: list, b: list,              # tables of answers, one for each seed, to the same questions
