@@ -156,8 +156,8 @@ def _same_model(there, cfg):
 # %% ../nbs/09_loop.ipynb #da454d3c
 def default_out(cfg: Config) -> Path:
     "runs/MODEL-VARIANT[-FILTER]-seedN-HASH: the same settings, the same place."
-    later = dict(label_free="off")                                  # left out where they change nothing: older runs keep their place
-    fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if (k in PERMISSIONS or not Config.__dataclass_fields__[k].metadata["free"]) and later.get(k) != v})
+    later = {("label_free", "off")}                                # left out where they change nothing: older runs keep their place
+    fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if (k in PERMISSIONS or not Config.__dataclass_fields__[k].metadata["free"]) and (k, v) not in later})
     model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".-") or "model"
     if model.split(".")[0].upper() in ("CON", "PRN", "AUX", "NUL"): model = f"_{model}"                 # devices of Windows
     variant = cfg.variant + (f"-{cfg.filter}" if cfg.filter else "")
