@@ -260,7 +260,7 @@ def repaired(out, sentence):
     if m := re.search(r"manifest\.jsonl, line (\d+) is damaged; delete that line", sentence):
         lines = (out / "manifest.jsonl").read_bytes().splitlines(keepends=True)
         (out / "manifest.jsonl").write_bytes(b"".join(l for i, l in enumerate(lines, 1) if i != int(m[1])))
-    elif m := re.search(rf"({re.escape(str(out))}/\S*?)[ ,;].*; delete it", sentence):
+    elif m := re.search(rf"({re.escape(str(out))}/\S*?):?[ ,;].*[;,] delete it", sentence):
         shutil.rmtree(m[1]) if os.path.isdir(m[1]) else os.unlink(m[1])
     else: raise AssertionError(sentence)
 

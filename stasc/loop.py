@@ -114,7 +114,9 @@ class STaSC:
         "The run in a directory, with the settings and questions that are stored there."
         there = RunDir(path).config()
         if there is None: raise StoreError(f"{path} is not a run directory: it has no config.json (if it was lost, run with the settings of before and out = this directory: it is written again)")
-        cfg = Config.from_dict(there["config"] | dict.fromkeys(PERMISSIONS, False), where=str(Path(path)/"config.json"))
+        f = str(Path(path)/"config.json")
+        try: cfg = Config.from_dict(there["config"] | dict.fromkeys(PERMISSIONS, False), where=f)
+        except ConfigError as e: raise ConfigError(f"{str(e) if f in str(e) else f'{f}: {e}'}; if it is damaged, delete it and run with the settings and questions of before, and it is written again") from None
         run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path), there.get("data_fingerprint")), **kw)
         run._asks = [k for k in PERMISSIONS if there["config"].get(k) and k not in kw]
         if there.get("prompts"): run._prompts = _checked(f"in {Path(path)/'config.json'}", there["prompts"])
@@ -323,7 +325,8 @@ def _draw_corrections(self, n, phase, questions, count):
 
 def _correction_prompts(self, asked, training=False):       # (question, initial answer) of each
     "Token ids of prompts; a model that is sure of itself gives the same answer again and again, and each distinct prompt is rendered once."
-    rendered = {(q, text): self.prompter.correction(q, text, training) for q, text in dict.fromkeys(asked)}
+    kind = tuple if training else list                              # examples share the ids of a prompt
+    rendered = {(q, text): kind(self.prompter.correction(q, text, training)) for q, text in dict.fromkeys(asked)}
     return [rendered[o] for o in asked]
 
 STaSC._draw_corrections, STaSC._correction_prompts = _draw_corrections, _correction_prompts

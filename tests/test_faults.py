@@ -289,6 +289,17 @@ def test_a_digit_of_the_metrics_that_changed_is_noticed(tmp_path, complete):
     assert broken(lambda: scripted(out)) is None and without_manifest(tree(out)) == without_manifest(complete[1])
 
 
+def test_bit_of_a_setting_that_flipped_is_named(tmp_path, complete):
+    out = tmp_path / "run"
+    shutil.copytree(complete[0], out)
+    f = out / "config.json"
+    f.write_text(f.read_text().replace('"sampled"', '"sa}pled"'))
+    sentence = broken(lambda: STaSC.open(out, callbacks=[], engine=ScriptedEngine(numbers)))
+    assert "config.json: unknown pairing 'sa}pled'" in sentence
+    faults.repaired(out, sentence)
+    assert broken(lambda: scripted(out)) is None and tree(out) == complete[1]
+
+
 def test_config_that_somebody_edited_is_refused(tmp_path, complete):
     out = tmp_path / "run"
     shutil.copytree(complete[0], out)
