@@ -196,6 +196,7 @@ def _use(self, folder: Path|str|None):      # folder of an iteration's adapter (
     "Become M_0 (None) or the model of an iteration."
     folder = folder and Path(folder)
     if folder and not folder.is_dir(): raise ModelError(f"{folder} is not there: that iteration is not complete, or its model was not kept (keep_models)")
+    if self.own_attention and self.base is not None and self.base.config._attn_implementation != self.own_attention: self.base.set_attn_implementation(self.own_attention)
     if self.cfg.finetune == "full":
         if folder != self.current:
             self.model = self.base = None; self.current = "loading"  # free the old weights before reading the new
@@ -215,6 +216,7 @@ def _stamp(folder):     # another one where the file is another
     return folder, file.exists() and (file.stat().st_mtime_ns, file.stat().st_size)
 
 LM.use, LM._worn = _use, None        # the adapter whose weights are in place
+LM.own_attention = None              # the model's, where a sampler puts its own in its place; an interruption may leave that there
 
 # %% ../nbs/05_model.ipynb #d6040d9f
 def _read_adapter(self, folder):

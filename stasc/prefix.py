@@ -235,10 +235,11 @@ def serving(lm):
     "Let the model attend through `shared_attention`."
     from transformers import AttentionInterface
     AttentionInterface.register(NAME, shared_attention)
-    before = lm.base.config._attn_implementation
-    lm.base.set_attn_implementation(NAME)
-    try: yield
-    finally: lm.base.set_attn_implementation(before)
+    if (own := lm.base.config._attn_implementation) != NAME: lm.own_attention = own    # else an interruption left ours in its place
+    try:
+        lm.base.set_attn_implementation(NAME)
+        yield
+    finally: lm.base.set_attn_implementation(lm.own_attention)
 
 # %% ../nbs/05b_prefix.ipynb #e119a2af
 class _Look:

@@ -76,6 +76,21 @@ def test_interruption_while_an_iteration_is_shown_stops_the_callbacks(tmp_path):
     assert stopped == [1] and scripted(tmp_path / "run").run().n_done == 3
 
 
+@pytest.mark.parametrize("when", [1, 2])
+def test_interruption_while_the_sampler_changes_the_attention_is_made_good(embedded, monkeypatch, when):
+    from stasc.core import SamplingParams
+    lm, calls = embedded.lm, []
+    own, real, draw = lm.base.config._attn_implementation, lm.base.set_attn_implementation, lambda: embedded.sample([[5, 6, 7]], 1, SamplingParams(max_new_tokens=4), [[1]])
+    before = draw()
+    def interrupted(name): calls.append(real(name) if len(calls) + 1 < when or name != own else None); raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(lm.base, "set_attn_implementation", interrupted)
+        with pytest.raises(KeyboardInterrupt): draw()
+    assert lm.base.config._attn_implementation != own
+    embedded.use(None)
+    assert lm.base.config._attn_implementation == own and draw() == before
+
+
 def test_clock_set_back(tmp_path, monkeypatch):
     scripted(tmp_path / "whole").run()
     class Stop:
