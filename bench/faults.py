@@ -225,7 +225,7 @@ def full_disks(n, folder, make=demo, shown=lambda line: None):
         with small_disk(folder / f"disk-{i}", size) as resize:
             out = folder / f"disk-{i}/run"
             said = said_by(lambda: make(out).run())
-            m = re.search(r"(?:run|disk-\d+)(?:/(?:iter_\d+/)?([\w.-]+)\S*)? cannot be (?:written|locked): No space left", said or "")
+            m = re.search(r"(?:run|disk-\d+)(?:/(?:iter_\d+/)?([\w.-]+)\S*)? cannot be (?:written|locked): .*No space left", said or "")
             if said is None and tree(out) == expected: where["enough after all"] += 1; continue
             if not m: wrong.append(f"{size}: {said}")
             elif list(out.rglob(".tmp-*")): wrong.append(f"{size}: {[p.name for p in out.rglob('.tmp-*')]} was left behind")
@@ -293,7 +293,6 @@ def damages(n, folder, make=demo, seed=0, shown=lambda line: None):
             if "adapter" in name and "adapter" not in sentence or "adapter" not in name and name.split("/")[-1] not in sentence: wrong.append(f"{name}, {harm.__name__}: names another file: {sentence}")
             if again := said_by(lambda: looked_at(make(out))): wrong.append(f"{name}, {harm.__name__}, repaired: {again}")
         if same(tree(out), expected): where["named and repaired" if sentence else "did no harm"] += 1
-        elif sentence is None and name.endswith("metrics.json"): where["a digit of metrics.json, not noticed"] += 1
         else: wrong.append(f"{name}, {harm.__name__}: {'not the same after the repair' if sentence else 'not noticed'}")
         shutil.rmtree(out)
         shown(f"{i + 1} damages, {len(wrong)} wrong; {key}")

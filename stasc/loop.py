@@ -18,7 +18,7 @@ from .filter import apply_filter, pair
 from .label_free import check_label_free, label_free_reward, majority_answer
 from .prompt import Prompter, PromptSet, _checked, prompts_of
 from .reward import final_answer, judge, reward_name
-from .store import RunDir, part_name, read_json
+from .store import RunDir, _check, part_name, read_json
 from .task import reward_of
 from .train import Engine, Example, ScriptedEngine, reports
 
@@ -156,8 +156,8 @@ def _same_model(there, cfg):
 # %% ../nbs/09_loop.ipynb #da454d3c
 def default_out(cfg: Config) -> Path:
     "runs/MODEL-VARIANT[-FILTER]-seedN-HASH: the same settings, the same place."
-    later = dict(label_free="off")                                  # left out where they change nothing: older runs keep their place
-    fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if not Config.__dataclass_fields__[k].metadata["free"] and later.get(k) != v})
+    later = {("label_free", "off")}                                # left out where they change nothing: older runs keep their place
+    fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if (k in PERMISSIONS or not Config.__dataclass_fields__[k].metadata["free"]) and (k, v) not in later})
     model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".-") or "model"
     if model.split(".")[0].upper() in ("CON", "PRN", "AUX", "NUL"): model = f"_{model}"                 # devices of Windows
     variant = cfg.variant + (f"-{cfg.filter}" if cfg.filter else "")
@@ -416,7 +416,7 @@ def _make(self, n):
         began = time.perf_counter()
         metrics = self._measure(n)
         self._prune(n)                                              # before the iteration counts as complete: a kill between the two is made good
-        self.dir.write_json(f"iter_{n:02d}/metrics.json", metrics)
+        self.dir.write_json(f"iter_{n:02d}/metrics.json", metrics | dict(check=_check(metrics)))
         if self.n_done <= n: raise StoreError(f"{self.dir/'manifest.jsonl'} is not what iteration {n} made ({min(self._astray(n))}); delete the lines with that name and resume the run")
         it = self[n]
         self.dir.log(iteration=n, phase="metrics", seconds=round(time.perf_counter() - began, 3), model_seconds=0.)
@@ -533,7 +533,8 @@ def _getitem(self, n: int) -> Iteration:
 def _read_metrics(self, n):
     f = self.dir/f"iter_{n:02d}"/"metrics.json"
     metrics = read_json(f, "delete it and resume the run")
-    if not _are_metrics(metrics, n): raise StoreError(f"{f} holds no metrics; delete it and resume the run")
+    check = metrics.pop("check", None) if isinstance(metrics, dict) else None         # older versions wrote none
+    if not _are_metrics(metrics, n) or check not in (None, _check(metrics)): raise StoreError(f"{f} is damaged, or holds no metrics; delete it and resume the run")
     return metrics
 
 def _are_metrics(m, n):

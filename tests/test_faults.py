@@ -278,6 +278,17 @@ def test_line_taken_out_of_the_manifest_of_a_complete_run_is_missed(tmp_path, co
         assert set((out / "manifest.jsonl").read_text().splitlines(keepends=True)) == set(lines), line
 
 
+def test_a_digit_of_the_metrics_that_changed_is_noticed(tmp_path, complete):
+    out = tmp_path / "run"
+    shutil.copytree(complete[0], out)
+    f = out / "iter_01/metrics.json"
+    f.write_text(re.sub(r'"n_kept": (\d+)', lambda m: f'"n_kept": {int(m[1]) + 1}', f.read_text()))
+    sentence = broken(lambda: scripted(out))
+    assert "metrics.json is damaged" in sentence
+    faults.repaired(out, sentence)
+    assert broken(lambda: scripted(out)) is None and without_manifest(tree(out)) == without_manifest(complete[1])
+
+
 def test_config_that_somebody_edited_is_refused(tmp_path, complete):
     out = tmp_path / "run"
     shutil.copytree(complete[0], out)
