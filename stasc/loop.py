@@ -143,7 +143,7 @@ def _fault(q) -> str|None:
     texts = [q.id, q.text, *(q.references if isinstance(q.references, (tuple, list)) else [None]), *([] if q.context is None else [q.context])]
     what = f"question {str(q.id)[:60]!r}"
     if not all(isinstance(t, str) for t in texts): return f"{what}: id, text, each of the references (a tuple) and the context, where there is one, have to be texts"
-    if not (q.text.strip() and q.references): return f"{what}: it needs a text and at least one reference"
+    if not q.text.strip(): return f"{what}: its text is empty"
     if any(t != whole_characters(t) for t in texts): return f"{what} holds half a surrogate pair, which is no character: repair the text"
 
 def _same_model(there, cfg):
@@ -171,7 +171,7 @@ def _stored_questions(path):
     rows = read_json(f, "put the questions' file back in its place and run with it again")
     of = lambda s: [Question(r["id"], r["text"], tuple(r["references"]) if isinstance(r["references"], list) else None, r["context"]) for r in rows if r["split"] == s]
     try:
-        data = Data(of("train"), of("test"))
+        data = Data(tuple(of("train")), tuple(of("test")))
         if not any(map(_fault, [*data.train, *data.test])): return data
     except (KeyError, TypeError): pass
     raise StoreError(f"{f} does not hold questions; put the questions' file back in its place and run with it again")

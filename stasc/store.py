@@ -128,20 +128,18 @@ class RunDir:
             if not (self/"manifest.jsonl").exists(): return
             lines = (self/"manifest.jsonl").read_bytes().splitlines(keepends=True)
         for i, line in enumerate(lines):
-            try: entry = _entry(line, self/"manifest.jsonl"); self.manifest[entry["name"]] = entry
+            try: entry = json.loads(line); _sound(entry, self/"manifest.jsonl"); self.manifest[entry["name"]] = entry
             except (ValueError, KeyError, TypeError, RecursionError):
                 if i + 1 < len(lines): raise StoreError(f"{self/'manifest.jsonl'}, line {i + 1} is damaged; delete that line and resume the run to make its file again") from None
                 break
             if not line.endswith(b"\n"): del self.manifest[entry["name"]]; break
             self._good += len(line)
 
-def _entry(line, where) -> dict:
-    "A line of the manifest. The directory may come from elsewhere: what it names lies in it."
-    entry = json.loads(line)
+def _sound(entry, where):
+    "Refuse what no line of a manifest says. The directory may come from elsewhere: what it names lies in it."
     if not (isinstance(entry["name"], str) and isinstance(entry["sha256"], str)): raise TypeError
     if {"", ".", ".."} & set(re.split(r"[/\\]", entry["name"])) or re.search(r"[:\0]", entry["name"]):
         raise StoreError(f"{where} names {entry['name'][:80]!r}, which is no file of a run directory; delete that line, and trust the rest as little")
-    return entry
 
 # %% ../nbs/08_store.ipynb #5732894a
 def _open(self, cfg: Config,
