@@ -532,6 +532,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                               'stasc.prompt._messages': ('prompt.html#_messages', 'stasc/prompt.py'),
                               'stasc.prompt._plain': ('prompt.html#_plain', 'stasc/prompt.py'),
                               'stasc.prompt._render_initial': ('prompt.html#_render_initial', 'stasc/prompt.py'),
+                              'stasc.prompt._shapes': ('prompt.html#_shapes', 'stasc/prompt.py'),
                               'stasc.prompt._special_tokens': ('prompt.html#_special_tokens', 'stasc/prompt.py'),
                               'stasc.prompt._text': ('prompt.html#_text', 'stasc/prompt.py'),
                               'stasc.prompt.correction_messages': ('prompt.html#correction_messages', 'stasc/prompt.py'),

@@ -84,11 +84,15 @@ def correction_messages(ps: PromptSet,
                      examples="".join(e.rstrip() + "\n\n" for e in shown))
 
 # %% ../nbs/03_prompt.ipynb #1b522d10
-_DAY = datetime(2024, 7, 26)        # what a template is told that asks for the date
+_DAY = datetime(2024, 7, 26)        # for templates that ask for the date; transformers passes on no functions, hence a macro
+_CLOCK = ("{% macro strftime_now(format) %}{{ format | replace('%-', '%')" + "".join(f" | replace('%{c}', '{_DAY:%{c}}')" for c in "YymdBbAaHMSIp") +
+          " }}{% endmacro +%}")
 
 def _text(tokenizer, messages):
-    "The template's text, on a day that stands still: a prompt is the same whenever a run is resumed."
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024", strftime_now=_DAY.strftime)
+    "The template's text, on a day that stands still."
+    template = tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(messages, chat_template=_CLOCK*("strftime_now" in template) + template, tokenize=False,
+                                         add_generation_prompt=True, date_string=f"{_DAY:%d %b %Y}")
 
 def _shapes(messages):
     "Messages as templates want them: with a system role or with its text merged, as texts or as parts."
