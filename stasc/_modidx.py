@@ -603,6 +603,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                               'stasc.sample._begin': ('sample.html#_begin', 'stasc/sample.py'),
                               'stasc.sample._bisect': ('sample.html#_bisect', 'stasc/sample.py'),
                               'stasc.sample._bytes_per_token': ('sample.html#_bytes_per_token', 'stasc/sample.py'),
+                              'stasc.sample._check_tokens': ('sample.html#_check_tokens', 'stasc/sample.py'),
                               'stasc.sample._choose': ('sample.html#_choose', 'stasc/sample.py'),
                               'stasc.sample._continue': ('sample.html#_continue', 'stasc/sample.py'),
                               'stasc.sample._fewer': ('sample.html#_fewer', 'stasc/sample.py'),

@@ -334,3 +334,5 @@ def test_a_pad_token_that_the_model_has_no_row_for_is_not_used(tmp_path):
     engine.sampler.shared = False
     together = engine.sample(prompts, 1, GREEDY, [[0]] * 2)
     assert [s[0].token_ids for s in together] == [engine.sample([p], 1, GREEDY, [[0]])[0][0].token_ids for p in prompts]
+    from stasc.core import SampleError
+    with pytest.raises(SampleError, match=r"token 7\d\d, but .* knows 704 tokens"): engine.sample([engine.tokenizer("<filler 70>[PAD]")["input_ids"]], 1, GREEDY, [[0]])
