@@ -146,6 +146,7 @@ def _entry(line, where) -> dict:
     if not (isinstance(entry["name"], str) and isinstance(entry["sha256"], str)): raise TypeError
     if {"", ".", ".."} & set(re.split(r"[/\\]", entry["name"])) or re.search(r"[:\0]", entry["name"]):
         raise StoreError(f"{where} names {entry['name'][:80]!r}, which is no file of a run directory; delete that line, and trust the rest as little")
+    return entry
 
 # %% ../nbs/08_store.ipynb #5732894a
 def _open(self, cfg: Config,
