@@ -37,7 +37,7 @@ test: export OMP_NUM_THREADS = 1
 test: env ## everything in step, every notebook runs, every test passes
 	$(BIN)/python .ci/check.py
 	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 test-browser: export STASC_BROWSER = required
 test-browser: env ## the browser, the report and the widgets in headless Chromium (Debian's; installed where missing)
@@ -67,13 +67,13 @@ $(FLOORS_STAMP): setup.py settings.ini pyproject.toml constraints-floors.txt
 test-floors: export HF_HUB_OFFLINE = 1
 test-floors: export OMP_NUM_THREADS = 1
 test-floors: $(FLOORS_STAMP) ## the tests with the oldest releases that settings.ini allows, in .venv-floors (PYTHON picks the interpreter; gigabytes)
-	$(FLOORS_BIN)/python -m pytest tests
+	$(FLOORS_BIN)/python -m pytest tests -n 2 --dist loadfile
 
 test-latest: export OMP_NUM_THREADS = 1
 test-latest: ## the tests with today's newest releases, in .venv-latest (PYTHON picks the interpreter; gigabytes)
 	test -d $(LATEST_BIN) || $(PYTHON) -m venv $(LATEST_VENV)
 	$(LATEST_BIN)/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
-	HF_HUB_OFFLINE=1 $(LATEST_BIN)/python -m pytest tests
+	HF_HUB_OFFLINE=1 $(LATEST_BIN)/python -m pytest tests -n 2 --dist loadfile
 
 bench: export HF_HUB_OFFLINE = 1
 bench: env ## sampling, fine-tuning, plan and loop against what one would use otherwise: tables in bench/results (half an hour)
