@@ -1,7 +1,7 @@
 """Long runs: is memory constant over many iterations, and bounded over many trajectories?
 
     python bench/long.py memory --iterations 30         # a run of the embedded model; memory at the end of each iteration
-    python bench/long.py million --n 1000000            # trajectories of a scripted sampler through store, filter, metrics and report
+    python bench/long.py million --n 1000000            # trajectories through store, filter, metrics and report
 
 Each step of `million` is a process of its own: its memory is read at the end, beside that of the same step on a tenth of the trajectories.
 """
@@ -77,8 +77,30 @@ def the_run(folder, n):
     return STaSC(cfg, folder, data=Data(ask(0, train), ask(train, train + test)), engine=Untaught(), callbacks=[])
 
 
-def draw(run):
-    "Draw all trajectories and write them, filter and measure."
+def write(folder, n):
+    "Store the trajectories: one part of each phase is drawn, the others are copies of it under the ids of other questions, written and recorded as every part is."
+    import pyarrow as pa, pyarrow.parquet as pq
+    from stasc.store import part_name, whole
+    few, run = the_run(f"{folder}-few", 2 * 128 * N_INIT * N_CORR / .05), the_run(folder, n)
+    size = few.cfg.part_size
+    few._data = type(few.data)(few.data.train[:size], few.data.test[:size])
+    few.run()
+    with run._writing():
+        for m in (0, 1):
+            for split in ("train", "test"):
+                ids = [q.id for q in getattr(run.data, split)]
+                for phase in (f"initial.{split}", f"corrections.{split}"):
+                    t = pq.ParquetFile(few.dir / part_name(m, phase, 0)).read()
+                    each, place = len(t) // size, t.column_names.index("question_id")
+                    for part, a in enumerate(range(0, len(ids), size)):
+                        some = ids[a:a + size]
+                        rows = t.slice(0, each * len(some)).set_column(place, "question_id", pa.array([i for i in some for _ in range(each)]))
+                        with whole(run.dir / part_name(m, phase, part)) as tmp: pq.write_table(rows, tmp, compression="zstd")
+                        run.dir._record(part_name(m, phase, part), rows=len(rows))
+
+
+def finish(run):
+    "Filter, write what is kept, make the examples to train on, measure."
     run.run()
 
 
@@ -103,31 +125,31 @@ def report(run):
 def everything(run): return run.trajectories
 
 
-STEPS = dict(metrics=metrics, filter=kept, intervals=intervals, report=report, **{"run.trajectories": everything})
+STEPS = dict(finish=finish, metrics=metrics, filter=kept, intervals=intervals, report=report, **{"run.trajectories": everything})
+
+
+NAMES = dict(finish="filter, kept corrections, examples, measures", filter="filter alone, part by part", metrics="metrics.json", intervals="bootstrap intervals", report="report.html")
 
 
 def one(step, folder, n):
     run = the_run(folder, n)
     gc.collect()
     base, start = held(), time.monotonic()
-    (draw if step == "draw" else STEPS[step])(run)
-    return dict(seconds=time.monotonic() - start, above=common.peak_memory() - base, peak=common.peak_memory(), trajectories=int(run.metrics[["train_n", "test_n"]].sum().sum()), disk=run.dir.disk_use())
+    STEPS[step](run)
+    return dict(seconds=time.monotonic() - start, above=common.peak_memory() - base, peak=common.peak_memory(), trajectories=int(run.metrics[["train_n", "test_n"]].sum().sum()), disk=run.dir.disk_use(), kept=int(run.metrics.n_kept.iloc[-1]))
 
 
 def million(args):
     rows, sizes = [], [args.n // 10, args.n]
     with tempfile.TemporaryDirectory() as tmp:
-        for step in ["draw", *STEPS]:
-            found = []
-            for n in sizes:
-                out = subprocess.run([sys.executable, __file__, "one", "--step", step, "--folder", f"{tmp}/{n}", "--n", str(n)], stdout=subprocess.PIPE, text=True, check=True).stdout
-                found.append(json.loads(out.splitlines()[-1]))
-            few, many = found
-            rows.append({"step": {"draw": "draw, store, filter, measure", "filter": "filter part by part"}.get(step, step), "trajectories": f"{many['trajectories']:,}", "seconds": f"{many['seconds']:.0f}", "peak memory, MB": f"{many['peak'] / 1e6:.0f}",
-                         "above the start, MB": f"{many['above'] / 1e6:.0f}", f"above the start with {few['trajectories']:,}, MB": f"{few['above'] / 1e6:.0f}", "bytes per trajectory": f"{(many['above'] - few['above']) / (many['trajectories'] - few['trajectories']):.0f}"})
+        for n in sizes: write(f"{tmp}/{n}", n)
+        for step in STEPS:
+            few, many = (json.loads(subprocess.run([sys.executable, __file__, "one", "--step", step, "--folder", f"{tmp}/{n}", "--n", str(n)], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]) for n in sizes)
+            rows.append({"step": NAMES.get(step, step), "trajectories": f"{many['trajectories']:,}", "seconds": f"{many['seconds']:.0f}", "peak memory, MB": f"{many['peak'] / 1e6:.0f}", "above the start, MB": f"{many['above'] / 1e6:.0f}",
+                         f"above the start with {few['trajectories']:,}, MB": f"{few['above'] / 1e6:.0f}", "bytes per trajectory": f"{(many['above'] - few['above']) / (many['trajectories'] - few['trajectories']):.0f}"})
             print(rows[-1], file=sys.stderr, flush=True)
-    common.write("long_million", "A million trajectories", rows, f"{N_INIT} initial answers and {N_CORR} corrections of each for every question, M_0 and M_1, parts of 128 questions; scripted sampler. "
-                 "The last row is what a user asks for who wants the whole table in memory.", args.out)
+            common.write("long_million", "A million trajectories", rows, f"{N_INIT} initial answers and {N_CORR} corrections of each for every question, M_0 and M_1, parts of 128 questions, {many['disk'] / 1e6:.0f} MB on disk, {many['kept']:,} kept. One part of each phase is "
+                         "drawn with a scripted sampler, the others are copies under other ids. `run.trajectories` is what a user asks for who wants the whole table in memory.", args.out)
 
 
 def main():
