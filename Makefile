@@ -9,8 +9,15 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.stasc-installed
 
+FLOORS_VENV ?= .venv-floors
+FLOORS_BIN := $(FLOORS_VENV)/bin
+FLOORS_STAMP := $(FLOORS_VENV)/.stasc-installed
+
+LATEST_VENV ?= .venv-latest
+LATEST_BIN := $(LATEST_VENV)/bin
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-browser test-vllm bench export readme lab clean
+.PHONY: help env demo test test-browser test-vllm test-floors test-latest bench export readme lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,7 +37,7 @@ test: export OMP_NUM_THREADS = 1
 test: env ## everything in step, every notebook runs, every test passes
 	$(BIN)/python .ci/check.py
 	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 test-browser: export STASC_BROWSER = required
 test-browser: env ## the browser, the report and the widgets in headless Chromium (Debian's; installed where missing)
@@ -50,6 +57,24 @@ test-vllm: export STASC_VLLM = required
 test-vllm: $(VLLM_STAMP) ## the vLLM sampler on vLLM's CPU build, in .venv-vllm
 	$(VLLM_BIN)/python -m pytest tests/vllm
 
+$(FLOORS_STAMP): setup.py settings.ini pyproject.toml constraints-floors.txt
+	test -d $(FLOORS_BIN) || $(PYTHON) -m venv $(FLOORS_VENV)
+	$(FLOORS_BIN)/python -m pip install -q --disable-pip-version-check -c constraints-floors.txt torch
+	$(FLOORS_BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r constraints-floors.txt
+	$(FLOORS_BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+test-floors: export HF_HUB_OFFLINE = 1
+test-floors: export OMP_NUM_THREADS = 1
+test-floors: $(FLOORS_STAMP) ## the tests with the oldest releases that settings.ini allows, in .venv-floors (PYTHON picks the interpreter; gigabytes)
+	$(FLOORS_BIN)/python -m pytest tests -n 2 --dist loadfile
+
+test-latest: export OMP_NUM_THREADS = 1
+test-latest: ## the tests with today's newest releases, in .venv-latest (PYTHON picks the interpreter; gigabytes)
+	test -d $(LATEST_BIN) || $(PYTHON) -m venv $(LATEST_VENV)
+	$(LATEST_BIN)/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
+	HF_HUB_OFFLINE=1 $(LATEST_BIN)/python -m pytest tests -n 2 --dist loadfile
+
 bench: export HF_HUB_OFFLINE = 1
 bench: env ## sampling, fine-tuning, plan and loop against what one would use otherwise: tables in bench/results (half an hour)
 	for b in sample train plan loop; do $(BIN)/python bench/$$b.py || exit; done
@@ -65,7 +90,7 @@ readme: env ## write README.md from nbs/index.ipynb
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
-clean: ## remove what builds and tests leave behind; runs/, .venv and .venv-vllm stay
+clean: ## remove what builds and tests leave behind; runs/ and .venv* stay
 	rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis
 	find stasc nbs tests .ci -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -211,13 +211,13 @@ def _flush(self, *_):
     with self._lock:
         if self._run is None or not (self._timer or self._stale): return
         if self._stale: self._draw(self._run)
-        self._show(self._bundle())
+        self._show(self._bundle(), ending=True)
 
-def _show(self, bundle):
+def _show(self, bundle, ending=False):      # ending: a cell's end, where older IPythons (Colab's) count the next cell already
     from IPython.display import display
     if self._timer: self._timer.cancel()
     self._timer, self._shown = None, time.monotonic()
-    if self._handle and self._cell == _cell(): self._handle.update(bundle, raw=True)
+    if self._handle and (ending or self._cell == _cell()): self._handle.update(bundle, raw=True)
     else: self._handle, self._cell = display(bundle, raw=True, display_id=True), _cell()
 
 Live._update, Live._late, Live._flush, Live._show = _update, _late, _flush, _show

@@ -148,7 +148,7 @@ def _fault(q) -> str|None:
     texts = [q.id, q.text, *(q.references if isinstance(q.references, (tuple, list)) else [None]), *([] if q.context is None else [q.context])]
     what = f"question {str(q.id)[:60]!r}"
     if not all(isinstance(t, str) for t in texts): return f"{what}: id, text, each of the references (a tuple) and the context, where there is one, have to be texts"
-    if not q.text.strip(): return f"{what}: it needs a text"
+    if not q.text.strip(): return f"{what}: its text is empty"
     if any(t != whole_characters(t) for t in texts): return f"{what} holds half a surrogate pair, which is no character: repair the text"
 
 def _same_model(there, cfg):

@@ -280,7 +280,8 @@ def _stop_ids(self) -> list[int]:
 
 def _pad_id(self) -> int:
     "Token that fills up a batch; it is masked."
-    return next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+    rows = self.base.config.get_text_config().vocab_size            # a pad token that somebody added may have none
+    return next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None and i < rows), 0)
 
 def _context_length(self) -> int|None:
     "Most tokens the model can attend to; None where the model does not say."

@@ -9,6 +9,7 @@ __all__ = ['PromptSet', 'prompt_set', 'initial_messages', 'correction_messages',
 # %% ../nbs/03_prompt.ipynb #8565e70a
 import functools, json, re
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from .core import Config, PromptError, Question, read_mapping, unknown
@@ -95,8 +96,21 @@ def correction_messages(ps: PromptSet,
                      examples="".join(e.rstrip() + "\n\n" for e in shown))
 
 # %% ../nbs/03_prompt.ipynb #1b522d10
+_DAY = datetime(2024, 7, 26)        # for templates that ask for the date; transformers passes on no functions, hence a macro
+_CLOCK = ("{% macro strftime_now(format) %}{{ format | replace('%-', '%')" + "".join(f" | replace('%{c}', '{_DAY:%{c}}')" for c in "YymdBbAaHMSIp") +
+          " }}{% endmacro +%}")
+
 def _text(tokenizer, messages):
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+    "The template's text, on a day that stands still."
+    template = tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(messages, chat_template=_CLOCK*("strftime_now" in template) + template, tokenize=False,
+                                         add_generation_prompt=True, date_string=f"{_DAY:%d %b %Y}")
+
+def _shapes(messages):
+    "Messages as templates want them: with a system role or with its text merged, as texts or as parts."
+    merged = [dict(role="user", content="\n\n".join(m["content"] for m in messages[:2])), *messages[2:]]
+    plain = [messages, merged] if messages[0]["role"] == "system" else [messages]
+    return plain + [[dict(m, content=[dict(type="text", text=m["content"])]) for m in ms] for ms in plain]
 
 def _plain(tokenizer, text: str) -> str:
     "The text with the tokenizer's special tokens broken up."
@@ -115,20 +129,22 @@ def render_text(tokenizer,                  # of transformers
     "Render messages through the tokenizer's chat template, with the system text merged where it has no such role."
     messages = [dict(m, content=_plain(tokenizer, m["content"])) for m in messages]
     if not getattr(tokenizer, "chat_template", None): return "\n\n".join(m["content"].strip() for m in messages) + "\n\n"
-    system = messages[0]["content"] if messages[0]["role"] == "system" else None
-    try:
-        text = _text(tokenizer, messages)
-        if system is None or system.strip() in text: return text
-    except Exception as e:
-        if system is None: raise PromptError(f"the chat template of {tokenizer.name_or_path} cannot be rendered: {' '.join(str(e).split())}") from None
-    merged = [dict(role="user", content=f"{system}\n\n{messages[1]['content']}"), *messages[2:]]
-    try: return _text(tokenizer, merged)
-    except Exception as e: raise PromptError(f"the chat template of {tokenizer.name_or_path} cannot be rendered: {' '.join(str(e).split())}") from None
+    wrong, whole, shapes = None, [m["content"].strip() for m in messages], _shapes(messages)
+    for i, shape in enumerate(shapes):
+        try: text = _text(tokenizer, shape)
+        except Exception as e: why = f"cannot be rendered: {' '.join(str(e).split())}"
+        else:
+            if all(o in text for o in whole): return text
+            why = "leaves out a part of what it is given"
+        if i < len(shapes) // 2: wrong = why                        # what it says to parts is of no use to somebody who gave texts
+    raise PromptError(f"the chat template of {tokenizer.name_or_path} {wrong}")
 
 # %% ../nbs/03_prompt.ipynb #96d4c819
 def render(tokenizer, messages: list[dict]) -> list[int]:     # token ids
     "Token ids of a prompt; exactly one begin token where the model wants one."
-    return tokenizer(render_text(tokenizer, messages), add_special_tokens=not getattr(tokenizer, "chat_template", None), verbose=False)["input_ids"]
+    bare = not getattr(tokenizer, "chat_template", None)
+    ids = tokenizer(render_text(tokenizer, messages), add_special_tokens=bare, verbose=False)["input_ids"]
+    return ids[:-1] if bare and len(ids) > 1 and ids[-1] == getattr(tokenizer, "eos_token_id", None) else ids     # some base models' tokenizers end what they read
 
 # %% ../nbs/03_prompt.ipynb #979dbaac
 def prompts_of(cfg: Config) -> PromptSet:

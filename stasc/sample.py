@@ -172,12 +172,18 @@ def _requests(prompts, seeds, wanted, rows):
 def _plan(self, prompts, params):
     "How to draw, and how many rows at once."
     lm, longest = self.lm, max(map(len, prompts)) + params.max_new_tokens
+    _check_tokens(lm, prompts)
     layout = look(lm) if self.shared else None
     if layout and longest > (layout.longest or longest): layout = None
     own = longest - (common_prefix(prompts) if layout else 0)
     free = self.memory or int(0.7 * free_memory(lm.device))
     row = own * _bytes_per_token(lm, layout) + 24 * lm.base.config.get_text_config().vocab_size      # six copies of the logits while a token is drawn
     return (self._shared if layout else self._plain), max(1, min(self.batch, free // row))
+
+def _check_tokens(lm, prompts):
+    "A token that the model does not know would end in an error of the device, which on a GPU names nothing and lets nothing more be computed."
+    rows, largest = lm.base.config.get_text_config().vocab_size, max(max(p, default=0) for p in prompts)
+    if largest >= rows: raise SampleError(f"a prompt holds token {largest}, but {lm.cfg.model} knows {rows:,} tokens: its tokenizer is another model's, or has grown")
 
 def _bytes_per_token(lm, layout):
     if layout: return layout.bytes_per_token

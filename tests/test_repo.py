@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from setuptools.command.build_py import build_py
 
 import stasc
@@ -155,6 +157,14 @@ def test_constraints_meet_requirements(packaging):
     for line in packaging["install_requires"] + packaging["extras_require"]["dev"]:
         req = Requirement(line)
         assert req.specifier.contains(pins[req.name.lower()]), line
+
+
+def test_the_floors_that_are_tested_are_those_that_are_promised(packaging):
+    lines = (root / "constraints-floors.txt").read_text().splitlines()
+    pins = {canonicalize_name(name): Version(version) for name, version in (o.split("==") for o in lines if not o.startswith("#"))}
+    for line in packaging["install_requires"] + packaging["extras_require"]["qlora"]:
+        req = Requirement(line)
+        assert pins[canonicalize_name(req.name)] == Version(next(iter(req.specifier)).version), line
 
 
 def test_requirements_cover_imports(packaging):

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from catalogue import TRAP, Booby, Place, said, trapped
+from catalogue import TRAP, Booby, Place, rewrite, said, trapped
 from conftest import family_model, family_tokenizer, root
 from hostile import HOSTILE
 from hypothesis import HealthCheck, given, settings
@@ -134,6 +134,7 @@ def strangers_run(place, **permissions):
     there = json.loads(f.read_text())
     there["config"] |= dict(model=str(trapped(place))) | permissions
     f.write_text(json.dumps(there))
+    rewrite(run.dir / "manifest.jsonl")
     return run.dir.path
 
 
@@ -247,6 +248,7 @@ def looked_at(path):
 def test_any_change_of_the_json_gives_a_run_or_a_sentence(original, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("changed") / "run"
     shutil.copytree(original, path)
+    rewrite(path / "manifest.jsonl")
     f = path / data.draw(st.sampled_from(["config.json", "questions.json", "manifest.jsonl", "log.jsonl", "iter_00/metrics.json", "iter_01/metrics.json"]))
     lines = f.suffix == ".jsonl"
     value = [json.loads(line) for line in f.read_text().splitlines()] if lines else json.loads(f.read_text())

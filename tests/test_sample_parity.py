@@ -25,6 +25,7 @@ KINDS = {                   # family: class, its configuration, is the shared wa
     "gemma 3": ("Gemma3", GEMMA | dict(sliding_window=400, query_pre_attn_scalar=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]), True),
     "gemma 3 with a short window": ("Gemma3", GEMMA | dict(sliding_window=32, query_pre_attn_scalar=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]), False),
     "qwen3": ("Qwen3", SMALL | dict(head_dim=16), True),
+    "gpt-neox": ("GPTNeoX", SMALL | dict(rotary_pct=0.25, tie_word_embeddings=False), True),
     "gpt-oss, attention sinks": ("GptOss", SMALL | dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=400), False),
 }
 STOP = list(range(100, 350))

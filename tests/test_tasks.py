@@ -200,7 +200,8 @@ def test_a_code_run(tmp_path):
     run = STaSC(configure("mbpp", run_code=True, iterations=1, n_init=2, n_corr=2), tmp_path/"run", data=data, engine=ScriptedEngine(write), callbacks=[]).run()
     t = run.trajectories
     assert ((t.corr_reward == 1) == t.corr_answer.str.contains("2 * n", regex=False)).all() and t.corr_reward.nunique() == 2
-    assert STaSC.open(tmp_path/"run", callbacks=[]).cfg.run_code
+    assert not STaSC.open(tmp_path/"run", callbacks=[]).cfg.run_code           # a directory cannot allow it
+    assert STaSC.open(tmp_path/"run", callbacks=[], run_code=True, iterations=2, engine=run.engine).run().n_done == 3
 
 
 # --- real questions
