@@ -297,7 +297,6 @@ def sampling_picture(cells: pd.DataFrame,           # of `sampling_study`
                  + f". {share:.0%} of the best gain, {f['best_gain']:+.3f}, is reached by {f['cell']} with {f['n_kept']:.0f} kept.")
 
 # %% ../nbs/14b_study.ipynb #88ca22ec
-@register
 def digit_share(prediction: str,        # answer
                 references,             # right numbers
                ) -> float:              # in [0, 1]; 1 where all digits are right
@@ -305,6 +304,9 @@ def digit_share(prediction: str,        # answer
     p, references = prediction.strip(), [references] if isinstance(references, str) else references
     if not (p.isascii() and p.isdigit()): return 0.
     return max((sum(a == b for a, b in zip(p[::-1], r.strip()[::-1])) / max(len(p), len(r.strip())) for r in references), default=0.)
+
+digit_share.graded = True
+if __name__ != "__main__": register(digit_share)        # the module's, not the notebook's
 
 # %% ../nbs/14b_study.ipynb #32f9a931
 def regraded(run, reward,               # name or function
