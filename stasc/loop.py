@@ -159,7 +159,7 @@ def _same_model(there, cfg):
 def default_out(cfg: Config) -> Path:
     "runs/MODEL-VARIANT[-FILTER]-seedN-HASH: the same settings, the same place."
     later = {("label_free", "off")}                                # left out where they change nothing: older runs keep their place
-    fixed = json.dumps({k: v for k, v in cfg.to_dict().items() if (k in PERMISSIONS or not Config.__dataclass_fields__[k].metadata["free"]) and (k, v) not in later})
+    fixed = json.dumps({k: False if k in PERMISSIONS else v for k, v in cfg.to_dict().items() if (k in PERMISSIONS or not Config.__dataclass_fields__[k].metadata["free"]) and (k, v) not in later})
     model = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(cfg.model).name)[:40].lstrip(".-") or "model"
     if model.split(".")[0].upper() in ("CON", "PRN", "AUX", "NUL"): model = f"_{model}"                 # devices of Windows
     variant = cfg.variant + (f"-{cfg.filter}" if cfg.filter else "")
@@ -517,7 +517,8 @@ def _reward_parts(self, n, split):
     keys, of = ["question_id", "init_index"], n if self.variant.evolving_init else 0
     for part in range(len(self.dir.part_names(n, f"corrections.{split}"))):
         initial, corrections = (self.dir.table(i, f"{phase}.{split}", part, only=[*keys, reward]) for i, phase, reward in ((of, "initial", "init_reward"), (n, "corrections", "corr_reward")))
-        yield corrections.merge(initial, on=keys, validate="many_to_one")
+        if initial.duplicated(keys).any(): raise StoreError(f"{self.dir/part_name(of, f'initial.{split}', part)} holds an answer twice; delete it and resume the run")
+        yield corrections.merge(initial, on=keys)
 
 def _rewards(self, n, split):
     "The same as one table of two columns."

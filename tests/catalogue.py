@@ -359,7 +359,13 @@ class Booby:
         return os.system, (f"touch '{self.path}/PWNED'",)
 
 
-TRAP = "open({!r}, 'w')\nfrom transformers import Qwen2Config as XConfig, Qwen2ForCausalLM as X, PreTrainedTokenizerFast as XT\n"
+TRAP = """open({!r}, 'w')
+from transformers import Qwen2Config, Qwen2ForCausalLM, PreTrainedTokenizerFast
+class XConfig(Qwen2Config): pass
+class X(Qwen2ForCausalLM): config_class = XConfig
+class XT(PreTrainedTokenizerFast): pass
+"""     # classes of its own: transformers marks what it loads so, and would mark its own
+
 
 
 def trapped(p, model_type="xyz", **changes):

@@ -188,7 +188,7 @@ for limit, err, argv in json.loads(sys.argv[1]):
         os._exit(code)
     print("ENDED", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-LIMITS = {"config.json": 1_000, "initial.train/part-": 3_500, "adapter": 20_000}
+LIMITS = {"config.json": 1_000, "initial.train/part-": 3_700, "adapter": 20_000}
 
 
 @pytest.fixture(scope="module")

@@ -146,5 +146,6 @@ def test_fine_tuning_letter_makes_no_difference_in_the_first_iteration(tmp_path,
     for v in variants:
         cfg = Config(variant=v, iterations=1, n_init=2, n_corr=2, n_train=4, n_test=2, data="own")
         run = STaSC(cfg, tmp_path / v, data=Data(ask(4, "train"), ask(2, "test")), engine=ScriptedEngine(numbers), callbacks=[]).run()
-        made.append({p.relative_to(run.dir.path): p.read_bytes() for p in run.dir.path.rglob("*") if p.is_file() and p.name not in ("config.json", "log.jsonl", ".lock")})
+        written = {p.relative_to(run.dir.path): p.read_bytes() for p in run.dir.path.rglob("*") if p.is_file() and p.name not in ("config.json", "log.jsonl", "manifest.jsonl", ".lock")}
+        made.append((written, [(name, e.get("sha256")) for name, e in run.dir.manifest.items()]))      # the manifest marks the settings, which differ by that letter
     assert made[0] == made[1]

@@ -69,7 +69,7 @@ def test_the_traps_work(place):
     pickle.loads(pickle.dumps(Booby(place.path)))
     assert pwned(place)
     (place.path / "PWNED").unlink()
-    exec(TRAP.format(str(place.path / "PWNED")))
+    exec(TRAP.format(str(place.path / "PWNED")), {})
     assert pwned(place)
 
 
