@@ -117,7 +117,7 @@ def html_of(card): return MarkdownIt("commonmark", {"html": True}).enable("table
 def test_card_is_what_the_hub_reads(run):
     text = model_card(run, license="apache-2.0")
     data = ModelCard(text).data
-    assert data.library_name == "peft" and data.license == "apache-2.0" and data.base_model is None and data.datasets is None
+    assert (data.license, data.base_model, data.datasets) == ("apache-2.0", None, None) and data.to_dict()["library_name"] == "peft"
     values = {r.metric_name: (r.metric_value, r.metric_args["interval_95"]) for r in data.eval_results}
     f = figures(run, 2).loc[2]
     assert values == {f"Accuracy@t{i}, {w}": (round(f[f"acc_t{i}"], 4), [round(f[f"acc_t{i}_lo"], 4), round(f[f"acc_t{i}_hi"], 4)])
