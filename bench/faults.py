@@ -175,13 +175,13 @@ def interrupts(n, folder, make=demo, seed=0, engine=None, mean=None):
                     run.run()
                     signal.setitimer(signal.ITIMER_PROF, 0)
                     break
-                except KeyboardInterrupt:
-                    tries += 1
-                    if bar.bar is not None or tqdm._instances: wrong.append(f"{out}: a bar is open")
-                    try: filelock.FileLock(out / ".lock").acquire(timeout=0).lock.release() if out.exists() else None
-                    except filelock.Timeout: wrong.append(f"{out}: the lock is held")
-                    if rng.random() < .3: run = make(out, [bar := Progress()], engine=engine)
+                except KeyboardInterrupt: tries += 1
                 finally: signal.setitimer(signal.ITIMER_PROF, 0)
+                # the exception is gone by now, and with it a bar that tqdm had only half made
+                if bar.bar is not None or tqdm._instances: wrong.append(f"{out}: a bar is open")
+                try: filelock.FileLock(out / ".lock").acquire(timeout=0).lock.release() if out.exists() else None
+                except filelock.Timeout: wrong.append(f"{out}: the lock is held")
+                if rng.random() < .3: run = make(out, [bar := Progress()], engine=engine)
             runs += 1
             if tree(out) != expected: wrong.append(f"{out}: not the same")
     finally:

@@ -6,10 +6,10 @@
 __all__ = ['split_metrics', 'Iteration', 'Progress', 'STaSC', 'default_out']
 
 # %% ../nbs/09_loop.ipynb #c5829c36
-import contextlib, ctypes, dataclasses, hashlib, html, json, shutil, sys, time, warnings
+import contextlib, ctypes, dataclasses, hashlib, html, json, queue, shutil, sys, threading, time, warnings, _thread
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 import pandas as pd
 from .core import PERMISSIONS, Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, derive_seed, visible, whole_characters
@@ -68,15 +68,22 @@ def _iteration_html(it):
     return f"<b>M<sub>{it.n}</sub></b>{made}{rates}{texts if shown else ''}"
 
 # %% ../nbs/09_loop.ipynb #cc80c4dd
+@cache
+def _bar():
+    "tqdm as an interruption cannot hang it: its own lock is Python code that can be left half locked, its monitor a thread that then waits for ever."
+    from tqdm import tqdm
+    class Bar(tqdm): monitor_interval = 0
+    Bar.set_lock(threading.RLock())
+    return Bar
+
 class Progress:
     "A tqdm bar for the phase under way, in a terminal or a notebook; TQDM_DISABLE=1 in the environment switches it off."
     bar = None
     def on_phase(self, run, iteration, phase, done, total):
-        from tqdm import tqdm
         if self.bar is None or (self.bar.phase, self.bar.n) > ((iteration, phase), done): self._close()
         if self.bar is None:
             seen = {} if sys.stderr.isatty() or "ipykernel" in sys.modules else dict(disable=True)
-            self.bar = tqdm(total=total, desc=f"M_{iteration} {phase}", leave=False, unit="", file=sys.stderr, **seen)
+            self.bar = _bar()(total=total, desc=f"M_{iteration} {phase}", leave=False, unit="", file=sys.stderr, **seen)
             self.bar.phase = (iteration, phase)
         self.bar.update(done - self.bar.n)
         if done >= total: self._close()
@@ -253,22 +260,47 @@ def _draw(self, prompts, count, seeds):
     self._sampling += time.perf_counter() - began
     return drawn
 
+class _Writer:
+    "A thread that writes tables in their order."
+    def __init__(self):
+        self.jobs, self.faults = queue.SimpleQueue(), []
+        _thread.start_new_thread(self._work, ())
+
+    def _work(self):
+        while job := self.jobs.get():
+            try: job()
+            except BaseException as e: self.faults.append(e)
+
+    def settle(self):
+        "Wait until all is written; what went wrong is raised here."
+        written = _thread.allocate_lock()
+        written.acquire()
+        self.jobs.put(written.release)
+        written.acquire()
+        if self.faults: raise self.faults.pop(0)
+
 def _store(self, *args):
     "Write a table in the background, after the one before it."
     self._settle()
-    if self._writer is None: self._writer = ThreadPoolExecutor(1, "stasc-write")
+    if self._writer is None: self._writer = _Writer()
     self._warn()
-    self._pending = self._writer.submit(self.dir.write, *args, **dict(bad=len(self._bad)) if self._bad else {})
+    self._writer.jobs.put(partial(self.dir.write, *args, **dict(bad=len(self._bad)) if self._bad else {}))
 
 def _warn(self):
     if self._bad: warnings.warn(f"{len(self._bad)} answers could not be judged and count as 0; the first: {self._bad[0]}", stacklevel=2)
 
 def _settle(self):
-    "Wait for the table that is being written; what went wrong with it is raised here."
-    pending, self._pending = self._pending, None
-    if pending is not None: pending.result()
+    if self._writer is not None: self._writer.settle()
 
-STaSC._draw, STaSC._store, STaSC._warn, STaSC._settle, STaSC._writer, STaSC._pending, STaSC._bad = _draw, _store, _warn, _settle, None, None, ()
+def _end_writer(self):
+    "Wait for what was drawn to be written, and let the thread go; who is in a hurry and interrupts that has to do it twice."
+    try: self._settle()
+    except KeyboardInterrupt: self._settle(); raise
+    finally:
+        writer, self._writer = self._writer, None
+        if writer is not None: writer.jobs.put(None)
+
+STaSC._draw, STaSC._store, STaSC._warn, STaSC._settle, STaSC._end_writer, STaSC._writer, STaSC._bad = _draw, _store, _warn, _settle, _end_writer, None, ()
 
 # %% ../nbs/09_loop.ipynb #18778c6c
 def _judged(self, question, text, logprob, agreed):
@@ -453,11 +485,8 @@ def _writing(self):
         if not (self.dir.manifest and (self.dir/"questions.json").exists()): _store_questions(self)
         yield
     finally:
-        try: self._settle()                                         # a part that was drawn is not lost to an interruption
-        finally:
-            try:
-                if self._writer is not None: self._writer.shutdown(); self._writer = None
-            finally: self.dir.close(held)
+        try: self._end_writer()                                     # a part that was drawn is not lost to an interruption
+        finally: self.dir.close(held)
 
 STaSC.step, STaSC._make, STaSC._load, STaSC._writing = _step, _make, _load, _writing
 
