@@ -405,12 +405,15 @@ def _fit(self, n) -> bool:      # False where nothing was kept
     name, kept_name = f"iter_{n:02d}/{self._kind}", f"iter_{n:02d}/kept.parquet"
     if self.dir.done(name) and self.dir.done(kept_name): return True
     began = time.perf_counter()
-    kept = pd.concat([t.loc[t.kept, [*_KEPT, "init_text", "corr_token_ids", "corr_finish_reason"]] for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True)])
-    if not self.dir.done(kept_name): self.dir.write(kept_name, kept[_KEPT].to_dict("records"), "kept")
-    if kept.empty: return False
+    kept, examples = [], []
+    for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True):                      # of a part's texts and ids only what is learned stays
+        kept += t.loc[t.kept, _KEPT].to_dict("records")
+        examples += self._examples(t[t.kept])
+    if not self.dir.done(kept_name): self.dir.write(kept_name, kept, "kept")
+    if not kept: return False
     self._call("on_phase", n, "train", 0, len(kept))
     start = self._start(n) if self.variant.evolving_finetune else None
-    with self.dir.folder(name) as out: report = self.engine.train(self._examples(kept), start, out, self.cfg, derive_seed(self.cfg.seed, n, "train") % 2**31)
+    with self.dir.folder(name) as out: report = self.engine.train(examples, start, out, self.cfg, derive_seed(self.cfg.seed, n, "train") % 2**31)
     report["model_seconds"] = round(report.pop("seconds"), 3)
     self.dir.log(iteration=n, phase="train", seconds=round(time.perf_counter() - began, 3), **report)
     self._call("on_phase", n, "train", len(kept), len(kept))
