@@ -66,15 +66,15 @@ class Untaught:
         return ScriptedEngine(script)
 
 
-def the_run(folder, n):
-    "A run whose M_0 and M_1 make n trajectories on training and held-out questions."
+def the_run(folder, n, iterations=1, callbacks=(), engine=None):
+    "A run of which two models make n trajectories on training and held-out questions."
     from stasc.core import Config, Question
     from stasc.data import Data
     from stasc.loop import STaSC
     train, test = round(n / 2 / (N_INIT * N_CORR) * .95), round(n / 2 / (N_INIT * N_CORR) * .05)
     ask = lambda a, b: tuple(Question(f"q{i}", f"Which number stands at place {i}?", (str(i),)) for i in range(a, b))
-    cfg = Config(iterations=1, n_init=N_INIT, n_corr=N_CORR, n_test_init=N_INIT, n_test_corr=N_CORR, n_train=train, n_test=test, shots=0, prompts="default", reward="exact_match", data="own")
-    return STaSC(cfg, folder, data=Data(ask(0, train), ask(train, train + test)), engine=Untaught(), callbacks=[])
+    cfg = Config(iterations=iterations, n_init=N_INIT, n_corr=N_CORR, n_test_init=N_INIT, n_test_corr=N_CORR, n_train=train, n_test=test, shots=0, prompts="default", reward="exact_match", data="own")
+    return STaSC(cfg, folder, data=Data(ask(0, train), ask(train, train + test)), engine=engine or Untaught(), callbacks=callbacks)
 
 
 def write(folder, n):

@@ -236,7 +236,7 @@ def _draw_line(ax, t, column, label, style):
     if f"{column}_lo" in t:
         lo, hi = t[f"{column}_lo"], t[f"{column}_hi"]
         if len(t) > 1: ax.fill_between(t.index, lo, hi, color=style["color"], alpha=.16, lw=0)
-        else: ax.errorbar(t.index, t[column], [t[column] - lo, hi - t[column]], color=style["color"], capsize=5)
+        else: ax.errorbar(t.index, t[column], np.array([t[column] - lo, hi - t[column]]), color=style["color"], capsize=5)
     ax.plot(t.index, t[column], **style)
 
 # %% ../nbs/11_plot.ipynb #6454b041

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import warnings
+from importlib import metadata
 from importlib.resources import files
 from itertools import islice
 from types import SimpleNamespace
@@ -374,11 +375,20 @@ def base():
     return AutoModelForCausalLM.from_pretrained(embedded_path())
 
 
+def trl():
+    "Skip where TRL stands beside a release of `datasets` that it does not go with, as among the oldest that we allow."
+    pytest.importorskip("trl")
+    from packaging.requirements import Requirement
+    for r in map(Requirement, metadata.requires("trl")):
+        if r.name == "datasets" and not r.specifier.contains(there := metadata.version("datasets")): pytest.skip(f"trl asks for {r}, here is {there}")
+
+
 PLAIN = dict(max_steps=2, per_device_train_batch_size=2, report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, save_strategy="no")
 
 
 @pytest.mark.parametrize("form", ["text", "tokens", "messages"])
 def test_trl_learns_exactly_our_completions(run, tmp_path, form):
+    trl()
     from trl import SFTConfig, SFTTrainer
     data = sft_rows(run, cache_dir=str(tmp_path / "cache"), **{form: True} if form != "text" else {})
     ours = kept_examples(run)
@@ -399,6 +409,7 @@ def test_trl_learns_exactly_our_completions(run, tmp_path, form):
 
 
 def test_dpo_pairs_are_those_of_one_prompt(run, tmp_path):
+    trl()
     from trl import DPOConfig, DPOTrainer
     expected, sft = [], {r["prompt"] for r in rows(run, "sft")}
     for n in (1, 2):
