@@ -9,7 +9,7 @@ __all__ = ['PERMISSIONS', 'StascError', 'ConfigError', 'DataError', 'PromptError
            'with_comments']
 
 # %% ../nbs/00_core.ipynb #e4c2a166
-import dataclasses, difflib, hashlib, html, inspect, json, linecache, os, re, reprlib, sys, traceback, typing
+import dataclasses, difflib, functools, hashlib, html, inspect, json, linecache, os, re, reprlib, sys, traceback, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -330,6 +330,18 @@ Config.__init__.__doc__ = "Options, each with its default:\n\n" + "\n".join(f"{n
 Config.__repr__ = lambda self: f"Config({', '.join(f'{k}={v!r}' for k, v in self.changed().items())})"
 Config.params = property(lambda self: SamplingParams(self.temperature, self.top_p, self.top_k, self.max_new_tokens),
                          doc="How tokens are drawn.")
+
+# %% ../nbs/00_core.ipynb #3f911188
+_made = Config.__init__
+
+@functools.wraps(_made)
+def _init(self, *args, **options):
+    if args: raise ConfigError(f"Config takes options by name, such as Config(variant='EIE'), not {_short(args[0])}; a file is read by Config.from_file, a dict by Config.from_dict")
+    for k in options:
+        if k not in self.__dataclass_fields__: raise ConfigError(unknown("option", k, self.__dataclass_fields__))
+    _made(self, **options)
+
+Config.__init__ = _init
 
 # %% ../nbs/00_core.ipynb #888deed4
 _NAMES = {0x061C: "ALM", 0x200B: "ZWSP", 0x200E: "LRM", 0x200F: "RLM", 0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO", 0x202E: "RLO",

@@ -114,11 +114,12 @@ class STaSC:
     def __init__(self,
                  cfg: Config|None = None,       # default: `Config()`
                  out: str|Path|None = None,     # run directory; default: runs/ and a name made from the settings
-                 *, data: Data|None = None,     # questions; default: what cfg.data names
+                 *, data: Data|str|None = None, # questions, or what names them in place of cfg.data
                  engine=None,                   # default: `Engine(cfg)`
                  reward=None,                   # a function (prediction, references) -> [0, 1] in place of cfg.reward
                  callbacks=None,                # default: a progress bar
                  **options):                    # options of `Config` to change
+        if isinstance(data, (str, Path)): options, data = options | dict(data=str(data)), None
         cfg = (cfg or Config()).replace(**options)
         if reward: cfg = cfg.replace(reward=reward_name(reward))
         if cfg.reward == "<lambda>": raise ConfigError("reward: give the function a name (def ...), by which a run can be told from others")
