@@ -413,7 +413,7 @@ def with_comments(f):   # a function whose parameters stand on lines of their ow
     "The function, the comments beside its parameters in its docstring."
     try: source = inspect.getsource(f)
     except (OSError, TypeError): return f                           # no source to read: nothing to add
-    names, rows = inspect.signature(f).parameters, re.findall(r"^[ *,]*?(?:def \w+\()?(?:self, *)?[*, ]*(\w+).*? +# (.+)$", source, re.M)
+    names, rows = inspect.signature(f).parameters, re.findall(r"^ *(?:def \w+\()?(?:self, *)?[*, ]*(\w+).*? +# (.+)$", source, re.M)
     rows = [(name, what) for name, what in rows if name in names]
     f.__doc__ = "\n".join([*([f.__doc__, ""] if f.__doc__ else []), *(f"{name}\n    {what}" for name, what in rows)])
     return f
