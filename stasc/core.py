@@ -314,6 +314,7 @@ def _demo(cls,
                 sample_batch=512, learning_rate=5e-4, train_batch=16, part_size=200)
     if task == "facts": base |= dict(model="embedded-facts", data="facts", n_train=528, n_test=528, n_test_init=4, max_new_tokens=32, learning_rate=7e-4)
     elif task != "arithmetic": raise ConfigError(unknown("demo task", task, ("arithmetic", "facts")))
+    if changes.get("data", base["data"]) != base["data"]: base["task"] = task       # a file of one's own says nothing of its wording, the model knows one alone
     if changes.get("finetune") == "full": base["learning_rate"] = 1e-4
     return cls.from_dict(base | changes)
 
