@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PERMISSIONS', 'StascError', 'ConfigError', 'DataError', 'PromptError', 'RewardError', 'ModelError', 'SampleError',
            'FilterError', 'TrainError', 'StoreError', 'unknown', 'Question', 'Sample', 'SamplingParams', 'Variant',
-           'all_variants', 'derive_seed', 'opt', 'Config', 'read_mapping', 'visible', 'whole_characters',
+           'all_variants', 'derive_seed', 'opt', 'Config', 'read_mapping', 'visible', 'whole_characters', 'warn',
            'with_comments']
 
 # %% ../nbs/00_core.ipynb #e4c2a166
-import dataclasses, difflib, functools, hashlib, html, inspect, json, linecache, os, re, reprlib, sys, traceback, typing
+import dataclasses, difflib, functools, hashlib, html, inspect, json, linecache, os, re, reprlib, sys, traceback, typing, warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -396,6 +396,15 @@ def _render_traceback_(self) -> list[str]:
     return [*_own_lines(self), f"{type(self).__name__}: {visible(str(self))}"]
 
 StascError._render_traceback_ = _render_traceback_
+
+# %% ../nbs/00_core.ipynb #ef8a270b
+def warn(message: str, category=UserWarning):
+    "Warn, and name the user's own line."
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "stasc": frame = frame.f_back
+    name = frame.f_code.co_filename
+    name = name if os.path.exists(name) and "ipykernel_" not in name else _place(name)
+    warnings.warn_explicit(message, category, name, frame.f_lineno, frame.f_globals.get("__name__", "stasc"), frame.f_globals.setdefault("__warningregistry__", {}))
 
 # %% ../nbs/00_core.ipynb #acebcf0a
 def _config_html(self) -> str:

@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'read_questions', 'question_key', 'DataWarning', 'split_qu
 import ast, contextlib, csv, dataclasses, functools, hashlib, html, io, json, math, re, unicodedata, warnings
 from dataclasses import dataclass
 from pathlib import Path
-from .core import Config, DataError, Question, unknown, visible
+from .core import Config, DataError, Question, unknown, visible, warn
 from .reward import _REWARDS, normalise
 from .runner import ANSWER
 
@@ -211,7 +211,7 @@ def _ordered(questions, source: str, seed: int = 0) -> tuple[list[Question], lis
     return kept, [f"{source}: rows left out because they repeat a question: {len(dropped)} ({_few(sorted(dropped))})"] if dropped else []
 
 def _warned(notes) -> None:
-    for note in notes: warnings.warn_explicit(note, DataWarning, "stasc", 1, module="stasc.data")      # no line of this package, of which a notebook would show the path
+    for note in notes: warn(note, DataWarning)
 
 # %% ../nbs/02_data.ipynb #a36eb7ac
 def split_questions(questions: list[Question],  # rows that repeat a question are dropped with a warning

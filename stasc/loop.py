@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 import pandas as pd
-from .core import PERMISSIONS, Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, _shell, derive_seed, visible, whole_characters, with_comments
+from .core import PERMISSIONS, Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, _shell, derive_seed, visible, warn, whole_characters, with_comments
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
 from .label_free import check_label_free, label_free_reward, majority_answer
@@ -302,7 +302,7 @@ def _store(self, *args):
     self._writer.jobs.put(partial(self.dir.write, *args, **dict(bad=len(self._bad)) if self._bad else {}))
 
 def _warn(self):
-    if self._bad: warnings.warn(f"{len(self._bad)} answers could not be judged and count as 0; the first: {self._bad[0]}", stacklevel=2)
+    if self._bad: warn(f"{len(self._bad)} answers could not be judged and count as 0; the first: {self._bad[0]}")
 
 def _settle(self):
     if self._writer is not None: self._writer.settle()

@@ -167,8 +167,16 @@ def test_a_note_on_data_is_shown_whole_and_names_no_path(tmp_path):
         warnings.simplefilter("always")
         data = load_questions(Config(data=str(tmp_path / "q.jsonl"), n_train=4, n_test=2, reward="token_f1"))
     notes = [w for w in caught if w.category is DataWarning]
-    assert len(notes) == 1 == len(data.notes) and os.sep not in notes[0].filename
+    assert len(notes) == 1 == len(data.notes) and notes[0].filename == __file__
     assert html.escape(data.notes[0]) in data._repr_html_() and data.notes[0].endswith("0.5")
+
+
+def test_a_warning_names_the_cell_not_a_file(shell):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shell.run_cell("from stasc.core import warn\nwarn('mind the gap')")
+    assert [(str(w.message), w.lineno, w.category) for w in caught] == [("mind the gap", 2, UserWarning)]
+    assert caught[0].filename.startswith("Cell In[") and os.sep not in caught[0].filename
 
 
 # --- errors
