@@ -6,9 +6,10 @@
 __all__ = ['main']
 
 # %% ../nbs/15_cli.ipynb #59577093
-import argparse, difflib, os, re, sys, warnings
+import argparse, difflib, importlib.util, os, re, sys, warnings
 from dataclasses import fields
 from pathlib import Path
+from . import __version__
 from .core import PERMISSIONS, Config, ConfigError, StascError, unknown, visible
 
 # %% ../nbs/15_cli.ipynb #1a743cd3
@@ -73,6 +74,18 @@ def _resume(args):
     from stasc.loop import STaSC
     _go(STaSC.open(args.run, **_options(args)))
 
+# %% ../nbs/15_cli.ipynb #32da311e
+def _import(files):
+    "Run the user's own Python files, which may register rewards."
+    for f in files or ():
+        if not Path(f).is_file() or Path(f).suffix != ".py": raise ConfigError(f"--import {f}: {'expected a .py file' if Path(f).exists() else 'no such file'}")
+        spec = importlib.util.spec_from_file_location(Path(f).stem, f)
+        try: spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except StascError as e: raise ConfigError(f"--import {f}: {e}") from e
+        except Exception as e: raise ConfigError(f"--import {f}: {type(e).__name__}: {e}") from e
+
+def _add_import(c): c.add_argument("--import", dest="files", metavar="FILE", action="append", help="a Python file to run first, such as one that registers a reward; may be given again")
+
 # %% ../nbs/15_cli.ipynb #9b90c12a
 def _grid(words) -> dict:       # option -> values
     "One --grid of the command line."
@@ -90,6 +103,7 @@ def _grid(words) -> dict:       # option -> values
 def _sweep(args):
     "Run a grid of settings, or go on with one; what is done is skipped, and what runs share is made once."
     from stasc.sweep import sweep
+    if args.files and args.workers > 1: raise ConfigError("--import is for --workers 1: other processes do not know what the file registers")
     if not args.grid and (args.config or args.preset or _options(args)): raise ConfigError("sweep: options are for a grid; give --grid OPTION=VALUES, or --out DIR alone to go on with what is there")
     try: s = sweep([_grid(g) for g in args.grid] if args.grid else None, args.out, lambda **point: _config(args, **point), workers=args.workers, shown=lambda line: print(line, flush=True))
     except KeyboardInterrupt: raise KeyboardInterrupt(f"go on with: stasc sweep --out {args.out}") from None
@@ -181,7 +195,10 @@ def _sentence(message):
     return f"stasc: {visible(' '.join(str(message)[:2000].splitlines()))}\n"
 
 def _parser():
-    p = _Parser("stasc", description="Teach a small language model to correct itself from its own samples.")
+    p = _Parser("stasc", description="Teach a small language model to correct itself from its own samples.", formatter_class=argparse.RawDescriptionHelpFormatter,
+                epilog="begin with:\n  stasc demo                     see it learn, on any computer\n  stasc run --data my.csv --question-column ask --reference-column gold --model MODEL\n"
+                       "                                 your questions, your model (a Hub id or a folder)\n  stasc COMMAND --help           the options of a command")
+    p.add_argument("--version", action="version", version=f"stasc {__version__}")
     p.set_defaults(do=None)
     commands = p.add_subparsers(metavar="COMMAND")
     def command(name, do):
@@ -201,6 +218,7 @@ def _from(c, files=True):
     if files:
         c.add_argument("--config", metavar="FILE", help="JSON or YAML file of options; flags win over it")
         c.add_argument("--preset", choices=("demo", "paper", "released_code"), help="settings to start from")
+    _add_import(c)
     _add_options(c)
 
 def _plan_options(c):
@@ -213,7 +231,7 @@ def _positive(text):
     return int(text)
 
 def _more(command, p):
-    c = command("resume", _resume); c.add_argument("run", metavar="DIR"); _add_options(c, [f.name for f in fields(Config) if f.metadata["free"]])
+    c = command("resume", _resume); c.add_argument("run", metavar="DIR"); _add_import(c); _add_options(c, [f.name for f in fields(Config) if f.metadata["free"]])
     c = command("sweep", _sweep)
     c.add_argument("--grid", metavar="OPTION=VALUES", nargs="+", action="append", help="values to combine, such as: variant=EIE,FIE n_init=1..3 seed=0,1,2; several --grid are put together")
     c.add_argument("--out", metavar="DIR", default="runs/sweep", help="directory of the sweep [runs/sweep]; alone: go on with what it holds")
@@ -242,7 +260,7 @@ def _more(command, p):
     c.add_argument("--n", type=int, metavar="N", help="only the first N questions")
     c.add_argument("--out", metavar="FILE", help="write the trajectories there as JSONL")
     for k in ("question", "reference"): c.add_argument(f"--{k}-column", metavar="NAME", help=f"column with the {k}; default: recognised")
-    _add_options(c, PERMISSIONS)
+    _add_import(c); _add_options(c, PERMISSIONS)
     return p
 
 # %% ../nbs/15_cli.ipynb #b62017fa
@@ -257,8 +275,11 @@ def main(argv: list[str]|None = None) -> int:       # exit code
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)          # between libraries, not the user's
             warnings.showwarning = lambda message, *_, **__: print(_sentence(f"note: {message}"), end="", file=sys.stderr)
+            _import(getattr(args, "files", None))
             args.do(args)
-    except (StascError, OSError) as e: print(_sentence(e), end="", file=sys.stderr); return 2
+    except (StascError, OSError) as e:
+        hint = ", or on the command line with --import FILE.py, a file that registers it" if "register your own with @register" in str(e) else ""
+        print(_sentence(f"{e}{hint}"), end="", file=sys.stderr); return 2
     except RuntimeError as e:
         if type(e).__name__ != "OutOfMemoryError": raise
         print("stasc: the GPU's memory is full; lower --sample-batch, or --train-batch with a higher --grad-accumulation, and resume the run", file=sys.stderr); return 2

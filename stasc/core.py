@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PERMISSIONS', 'StascError', 'ConfigError', 'DataError', 'PromptError', 'RewardError', 'ModelError', 'SampleError',
            'FilterError', 'TrainError', 'StoreError', 'unknown', 'Question', 'Sample', 'SamplingParams', 'Variant',
-           'all_variants', 'derive_seed', 'opt', 'Config', 'read_mapping', 'visible', 'whole_characters']
+           'all_variants', 'derive_seed', 'opt', 'Config', 'read_mapping', 'visible', 'whole_characters', 'warn',
+           'with_comments']
 
 # %% ../nbs/00_core.ipynb #e4c2a166
-import dataclasses, difflib, hashlib, json, re, reprlib, typing
+import dataclasses, difflib, functools, hashlib, html, inspect, json, linecache, os, re, reprlib, sys, traceback, typing, warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -313,6 +314,7 @@ def _demo(cls,
                 sample_batch=512, learning_rate=5e-4, train_batch=16, part_size=200)
     if task == "facts": base |= dict(model="embedded-facts", data="facts", n_train=528, n_test=528, n_test_init=4, max_new_tokens=32, learning_rate=7e-4)
     elif task != "arithmetic": raise ConfigError(unknown("demo task", task, ("arithmetic", "facts")))
+    if changes.get("data", base["data"]) != base["data"]: base["task"] = task       # a file of one's own says nothing of its wording, the model knows one alone
     if changes.get("finetune") == "full": base["learning_rate"] = 1e-4
     return cls.from_dict(base | changes)
 
@@ -324,9 +326,23 @@ def _changed(self) -> dict:
     return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 Config.changed = _changed
+_defaults = lambda: [(f.name, f.default, f.metadata["help"]) for f in fields(Config)]
+Config.__init__.__doc__ = "Options, each with its default:\n\n" + "\n".join(f"{name} = {default!r}\n    {help}" for name, default, help in _defaults())
 Config.__repr__ = lambda self: f"Config({', '.join(f'{k}={v!r}' for k, v in self.changed().items())})"
 Config.params = property(lambda self: SamplingParams(self.temperature, self.top_p, self.top_k, self.max_new_tokens),
                          doc="How tokens are drawn.")
+
+# %% ../nbs/00_core.ipynb #3f911188
+_made = Config.__init__
+
+@functools.wraps(_made)
+def _init(self, *args, **options):
+    if args: raise ConfigError(f"Config takes options by name, such as Config(variant='EIE'), not {_short(args[0])}; a file is read by Config.from_file, a dict by Config.from_dict")
+    for k in options:
+        if k not in self.__dataclass_fields__: raise ConfigError(unknown("option", k, self.__dataclass_fields__))
+    _made(self, **options)
+
+Config.__init__ = _init
 
 # %% ../nbs/00_core.ipynb #888deed4
 _NAMES = {0x061C: "ALM", 0x200B: "ZWSP", 0x200E: "LRM", 0x200F: "RLM", 0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO", 0x202E: "RLO",
@@ -349,3 +365,65 @@ def whole_characters(text: str) -> str:
     "The text as a file can hold it: half of a surrogate pair, which is no character, becomes U+FFFD as in any decoder, and two halves their character."
     try: text.encode(); return text
     except UnicodeEncodeError: return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+# %% ../nbs/00_core.ipynb #015c832c
+def _own_lines(e) -> list[str]:
+    "The lines of an error, and of what caused it, that are neither this package's nor a library's."
+    def own(frame):
+        top = frame.f_globals.get("__name__", "").partition(".")[0]
+        return top != "stasc" and top not in sys.stdlib_module_names and not re.search(r"[\\/](site|dist)-packages[\\/]", frame.f_code.co_filename)
+    frames, seen = [], set()
+    while e is not None and id(e) not in seen:
+        seen.add(id(e))
+        frames += [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(e.__traceback__) if own(f)]
+        e = e.__cause__
+    return [f"{_place(name)}, line {line}\n----> {line} {linecache.getline(name, line).strip()}" for name, line in list(dict.fromkeys(frames))[-4:]]
+
+def _place(name):
+    "A file's short name; a cell's number."
+    if m := re.match(r"<ipython-input-(\d+)-", name): return f"Cell In[{m[1]}]"
+    label = getattr(getattr(_shell(), "compile", None), "format_code_name", lambda name: None)(name)
+    return " ".join(label) if label else "Cell" if "ipykernel_" in name else Path(name).name
+
+def _shell(): return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+
+# %% ../nbs/00_core.ipynb #62ed3f66
+def _render_traceback_(self) -> list[str]:
+    "What IPython shows of an error."
+    frame, asked = sys._getframe(), os.environ.get("STASC_TRACEBACK") == "full"
+    while frame and not asked: asked, frame = frame.f_code.co_name == "tb" and "IPython" in frame.f_code.co_filename, frame.f_back
+    if asked and (shell := _shell()): return shell.InteractiveTB.structured_traceback(type(self), self, self.__traceback__, tb_offset=1)
+    return [*_own_lines(self), f"{type(self).__name__}: {visible(str(self))}"]
+
+StascError._render_traceback_ = _render_traceback_
+
+# %% ../nbs/00_core.ipynb #ef8a270b
+def warn(message: str, category=UserWarning):
+    "Warn, and name the user's own line."
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "stasc": frame = frame.f_back
+    name = frame.f_code.co_filename
+    name = name if os.path.exists(name) and "ipykernel_" not in name else _place(name)
+    warnings.warn_explicit(message, category, name, frame.f_lineno, frame.f_globals.get("__name__", "stasc"), frame.f_globals.setdefault("__warningregistry__", {}))
+
+# %% ../nbs/00_core.ipynb #acebcf0a
+def _config_html(self) -> str:
+    "The options that differ from their defaults, each explained."
+    changed, style = self.changed(), "style='text-align:left;vertical-align:top'"
+    show = lambda v: "<code>" + html.escape(visible(str(v), 200)) + "</code>"
+    rows = "".join(f"<tr><td {style}>{name}</td><td {style}>{show(changed[name])}</td><td {style}>{show(default)}</td><td {style}>{html.escape(help)}</td></tr>"
+                   for name, default, help in _defaults() if name in changed)
+    head = "".join(f"<th {style}>{h}</th>" for h in ("option", "value", "default", "what it is"))
+    return (f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>" if rows else "") + f"<p>{len(fields(self)) - len(changed)} options are at their defaults: <code>Config?</code> lists all.</p>"
+
+Config._repr_html_ = _config_html
+
+# %% ../nbs/00_core.ipynb #efa66e5d
+def with_comments(f):   # a function whose parameters stand on lines of their own
+    "The function, the comments beside its parameters in its docstring."
+    try: source = inspect.getsource(f)
+    except (OSError, TypeError): return f                           # no source to read: nothing to add
+    names, rows = inspect.signature(f).parameters, re.findall(r"^ *(?:def \w+\()?(?:self, *)?[*, ]*(\w+).*? +# (.+)$", source, re.M)
+    rows = [(name, what) for name, what in rows if name in names]
+    f.__doc__ = "\n".join([*([f.__doc__, ""] if f.__doc__ else []), *(f"{name}\n    {what}" for name, what in rows)])
+    return f

@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'read_questions', 'question_key', 'DataWarning', 'split_qu
 import ast, contextlib, csv, dataclasses, functools, hashlib, html, io, json, math, re, unicodedata, warnings
 from dataclasses import dataclass
 from pathlib import Path
-from .core import Config, DataError, Question, unknown
+from .core import Config, DataError, Question, unknown, visible, warn
 from .reward import _REWARDS, normalise
 from .runner import ANSWER
 
@@ -211,7 +211,7 @@ def _ordered(questions, source: str, seed: int = 0) -> tuple[list[Question], lis
     return kept, [f"{source}: rows left out because they repeat a question: {len(dropped)} ({_few(sorted(dropped))})"] if dropped else []
 
 def _warned(notes) -> None:
-    for note in notes: warnings.warn(note, DataWarning, stacklevel=3)
+    for note in notes: warn(note, DataWarning)
 
 # %% ../nbs/02_data.ipynb #a36eb7ac
 def split_questions(questions: list[Question],  # rows that repeat a question are dropped with a warning
@@ -427,11 +427,11 @@ def _frame(self):
 
 def _html(self) -> str:
     "The size of each split, its first question, and the notes."
-    cut = lambda t: html.escape(t if len(t) <= 120 else t[:119] + "…")
+    cut = lambda t: html.escape(visible(t if len(t) <= 120 else t[:119] + "…"))
     rows = [(s, len(qs), cut(qs[0].text) if qs else "", cut(" | ".join(qs[0].references)) if qs else "") for s, qs in (("train", self.train), ("test", self.test))]
     body = "".join("<tr>" + "".join(f"<td>{v}</td>" for v in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{h}</th>" for h in ("split", "questions", "first question", "references"))
-    notes = "".join(f"<li>{cut(n)}</li>" for n in self.notes)
+    notes = "".join(f"<li>{html.escape(visible(n, 2000))}</li>" for n in self.notes)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" + (f"<ul>{notes}</ul>" if notes else "")
 
 Data.frame, Data._repr_html_ = _frame, _html

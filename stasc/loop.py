@@ -6,13 +6,13 @@
 __all__ = ['split_metrics', 'Iteration', 'Progress', 'STaSC', 'default_out']
 
 # %% ../nbs/09_loop.ipynb #c5829c36
-import contextlib, ctypes, dataclasses, hashlib, html, json, queue, shutil, sys, threading, time, warnings, _thread
+import contextlib, ctypes, dataclasses, hashlib, html, json, os, queue, shutil, sys, threading, time, warnings, _thread
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 import pandas as pd
-from .core import PERMISSIONS, Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, derive_seed, visible, whole_characters
+from .core import PERMISSIONS, Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, _shell, derive_seed, visible, warn, whole_characters, with_comments
 from .data import Data, check_leak, load_questions
 from .filter import apply_filter, pair
 from .label_free import check_label_free, label_free_reward, majority_answer
@@ -76,35 +76,50 @@ def _bar():
     Bar.set_lock(threading.RLock())
     return Bar
 
+def _kernel(): return getattr(_shell(), "kernel", None) is not None
+
 class Progress:
-    "A tqdm bar for the phase under way, in a terminal or a notebook; TQDM_DISABLE=1 in the environment switches it off."
-    bar = None
+    "The phase under way: a tqdm bar in a terminal, in a notebook one line that is taken back; TQDM_DISABLE=1 in the environment switches it off."
+    bar = line = None
     def on_phase(self, run, iteration, phase, done, total):
+        if _kernel(): return self._show(f"M_{iteration} {phase}", done, total)
         if self.bar is None or (self.bar.phase, self.bar.n) > ((iteration, phase), done): self._close()
         if self.bar is None:
-            seen = {} if sys.stderr.isatty() or "ipykernel" in sys.modules else dict(disable=True)
+            seen = {} if sys.stderr.isatty() else dict(disable=True)
             self.bar = _bar()(total=total, desc=f"M_{iteration} {phase}", leave=False, unit="", file=sys.stderr, **seen)
             self.bar.phase = (iteration, phase)
         self.bar.update(done - self.bar.n)
         if done >= total: self._close()
 
     def on_stop(self, run): self._close()
+    def on_iteration(self, run, it): self._close()
 
     def _close(self):
         if self.bar is not None: self.bar.close()
         self.bar = None
+        if self.line: self.line[1].update({"text/plain": ""}, raw=True)
+
+    def _show(self, what, done, total):
+        "A line in the output of the cell that runs now, in place of the one before."
+        if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"): return
+        from IPython.display import display
+        cell = _shell().execution_count
+        if not self.line or self.line[0] != cell: self.line = cell, display({"text/plain": ""}, raw=True, display_id=True)
+        self.line[1].update({"text/plain": f"{what} {done}/{total}", "text/html": f"<progress max='{total}' value='{done}'></progress> {what} {done}/{total}"}, raw=True)
 
 # %% ../nbs/09_loop.ipynb #c77a2459
 class STaSC:
     "A run of Self-Taught Self-Correction: iterate over it, or call `run`."
+    @with_comments
     def __init__(self,
                  cfg: Config|None = None,       # default: `Config()`
                  out: str|Path|None = None,     # run directory; default: runs/ and a name made from the settings
-                 *, data: Data|None = None,     # questions; default: what cfg.data names
+                 *, data: Data|str|None = None, # questions, or what names them in place of cfg.data
                  engine=None,                   # default: `Engine(cfg)`
                  reward=None,                   # a function (prediction, references) -> [0, 1] in place of cfg.reward
                  callbacks=None,                # default: a progress bar
                  **options):                    # options of `Config` to change
+        if isinstance(data, (str, Path)): options, data = options | dict(data=str(data)), None
         cfg = (cfg or Config()).replace(**options)
         if reward: cfg = cfg.replace(reward=reward_name(reward))
         if cfg.reward == "<lambda>": raise ConfigError("reward: give the function a name (def ...), by which a run can be told from others")
@@ -287,7 +302,7 @@ def _store(self, *args):
     self._writer.jobs.put(partial(self.dir.write, *args, **dict(bad=len(self._bad)) if self._bad else {}))
 
 def _warn(self):
-    if self._bad: warnings.warn(f"{len(self._bad)} answers could not be judged and count as 0; the first: {self._bad[0]}", stacklevel=2)
+    if self._bad: warn(f"{len(self._bad)} answers could not be judged and count as 0; the first: {self._bad[0]}")
 
 def _settle(self):
     if self._writer is not None: self._writer.settle()
