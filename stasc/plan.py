@@ -8,7 +8,7 @@ __all__ = ['GB', 'GPUS', 'Shape', 'linears', 'parameters', 'adapter_parameters',
            'texts_of', 'disk_bytes', 'Plan', 'plan', 'fitted', 'Preflight', 'preflight']
 
 # %% ../nbs/07b_plan.ipynb #f43c6140
-import dataclasses, html, json, math, shutil
+import dataclasses, html, json, logging, math, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Config, ConfigError, ModelError, Variant, unknown
@@ -339,6 +339,7 @@ def _known(name: str, memory: float) -> str|None:
 def _four_bit(device, dtype) -> tuple[str, str]:
     "Multiply with a 4-bit layer, there and back."
     import torch
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)      # would like a kernel from the Hub
     try:
         import bitsandbytes as bnb
         draw = torch.Generator().manual_seed(0)
@@ -370,7 +371,8 @@ def _room(what, free, need, where, else_="problem", advice="") -> tuple[str, str
 def _gpu_checks(device, dtype, cfg) -> tuple:   # rows, and the name of a known card
     import torch
     if device != "cuda":
-        return [("GPU", f"none that torch can use: the run goes on the {dict(cpu='CPU', mps='Apple GPU')[device]}; on Colab choose one under Runtime, Change runtime type", "note"), ("number format", dtype, "ok")], None
+        why = f"device = {cfg.device!r}" if cfg.device != "auto" else "torch sees none of NVIDIA's; on Colab choose one under Runtime, Change runtime type"
+        return [("GPU", f"not used ({why}): the run goes on the {dict(cpu='CPU', mps='Apple GPU')[device]}", "note"), ("number format", dtype, "ok")], None
     name, (major, minor), memory = torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_device_properties(0).total_memory / GB
     card = _known(name, memory)
     wrong = dtype == "bfloat16" and major < 8
