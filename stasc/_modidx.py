@@ -497,7 +497,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                             'stasc.plan._room': ('plan.html#_room', 'stasc/plan.py'),
                             'stasc.plan._row': ('plan.html#_row', 'stasc/plan.py'),
                             'stasc.plan._sampling_seconds': ('plan.html#_sampling_seconds', 'stasc/plan.py'),
-                            'stasc.plan._time': ('plan.html#_time', 'stasc/plan.py'),
+                            'stasc.plan._time_check': ('plan.html#_time_check', 'stasc/plan.py'),
                             'stasc.plan._training_seconds': ('plan.html#_training_seconds', 'stasc/plan.py'),
                             'stasc.plan.activation_bytes': ('plan.html#activation_bytes', 'stasc/plan.py'),
                             'stasc.plan.adapter_parameters': ('plan.html#adapter_parameters', 'stasc/plan.py'),

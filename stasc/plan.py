@@ -383,6 +383,7 @@ def _gpu_checks(device, dtype, cfg) -> tuple:   # rows, and the name of a known 
 # %% ../nbs/07b_plan.ipynb #6931511f
 def preflight(cfg: Config,
               out: str|Path = "runs",       # where the run will be written
+              gpu: str|None = None,         # the card that the settings were made for; another one here is noted
               prompt: int|None = None,      # tokens of a correction prompt
               first: int|None = None,       # tokens of a prompt for an initial answer
              ) -> Preflight:
@@ -391,7 +392,8 @@ def preflight(cfg: Config,
     device, s = choose_device(cfg.device), shape_of(cfg.model)
     dtype = choose_dtype(cfg.dtype, device, torch.cuda.get_device_capability() if device == "cuda" else None)
     rows, card = _gpu_checks(device, dtype, cfg)
-    made = plan(cfg, card, prompt, first)
+    if card and gpu and card != gpu: rows.insert(1, ("settings", f"made for the {gpu}, and this is the {card}", "note"))
+    made = plan(cfg, card or gpu, prompt, first)
     weights, need = 2 * sum(parameters(s).values()), _need(s, cfg, dtype, _lengths(cfg, prompt, first, Assumed())[0])
     if device != "cpu": rows.append(_room("GPU memory", free_memory(device), need, "at the peak", advice="; take fitted(cfg, card), or finetune = 'qlora'"))
     place = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
@@ -399,10 +401,13 @@ def preflight(cfg: Config,
     rows.append(_room("disk", shutil.disk_usage(place).free, sum(made.disk.values()) + (0 if here else weights), "for the run" + ("" if here else " and the model"), advice="; make room, or write elsewhere"))
     rows.append(_room("RAM", psutil.virtual_memory().available, need if device == "cpu" else weights, "at the peak" if device == "cpu" else "to load the model at once", "note"))
     if cfg.finetune == "qlora": rows.append(("4-bit product", *_four_bit(device, dtype)))
-    hours = next((r["hours"] for r in made.rows if r["finetune"] == cfg.finetune and r["hours"]), None) if card else None
-    return Preflight(rows + [("time", f"about {_time(hours)} on a {card}: planned, not measured" if hours else "not known for this device; the plan has the cards that are known", "ok" if hours else "note")], made)
+    return Preflight([*rows, _time_check(made, cfg, card, gpu)], made)
 
-def _time(hours): return f"{60 * hours:.0f} minutes" if hours < 1 else f"{hours:.1f} hours"
+def _time_check(made, cfg, card, gpu):
+    hours = next((r["hours"] for r in made.rows if r["finetune"] == cfg.finetune), None) if card or gpu else None
+    if hours is None: return "time", "not known here; the plan has the cards that are known", "note"
+    takes = f"about {60 * hours:.0f} minutes" if hours < 1 else f"about {hours:.1f} hours"
+    return "time", f"{takes} on a {card or gpu}{'' if card else ', which this is not'}: planned, not measured", "ok" if card else "note"
 
 # %% ../nbs/07b_plan.ipynb #4351743a
 def _preflight_repr(self):
