@@ -55,6 +55,14 @@ def write_words(path, n=28):
     return path
 
 
+WIDGETS = """
+import ipywidgets
+panels = [CurveExplorer(run), FilterExplorer(run), RewardDebugger(run), PromptInspector(run)]
+assert all(isinstance(p.widget, ipywidgets.Widget) and "role=alert" not in p._html.value for p in panels)
+print("widgets:", ", ".join(type(p).__name__ for p in panels), "with ipywidgets", ipywidgets.__version__)
+"""
+
+
 def code_cells(nb): return [c for c in nb.cells if c.cell_type == "code"]
 
 
@@ -125,6 +133,7 @@ def remove(names):
 
 def compare():
     "Install and run as on Colab; what changed of what was there."
+    import nbformat
     assert sys.prefix != sys.base_prefix, "packages come and go: run this in a virtual environment of its own (make test-colab)"
     remove([p for p in ("stasc", "bitsandbytes") if p in freeze()])
     assert importlib.util.find_spec("stasc") is None, "stasc can be imported from elsewhere: run this from another folder, without PYTHONPATH"
@@ -134,16 +143,19 @@ def compare():
         subprocess.run(["git", "clone", "-q", str(root), str(tmp / "stasc-clone")], check=True)
         nb = read_notebook(tmp / "stasc-clone" / NOTEBOOK)
         set_parameters(nb, **prepare(tmp / "session") | dict(install=str(tmp / "stasc-clone")))
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=tmp / "stasc-clone", capture_output=True, text=True, check=True).stdout.strip()
+        browse = next(i for i, c in enumerate(nb.cells) if c.cell_type == "code" and c.source.startswith("run.browse"))
+        nb.cells.insert(browse + 1, nbformat.v4.new_code_cell(WIDGETS))
         execute(nb, tmp / "session", python_path=False)
+        executed = [c for c in code_cells(nb) if c.execution_count and c.source != WIDGETS]
         texts = "".join(o.get("text", "") for c in code_cells(nb) for o in c.outputs)
         adapters = sorted(f.parent.relative_to(tmp / "session/drive").parts[1] for f in (tmp / "session/drive").rglob("adapter_model.safetensors"))
     after = freeze()
     added = {p: v for p, v in after.items() if p not in before}
     changed = {p: [v, after.get(p)] for p, v in before.items() if after.get(p) != v}
     remove(list(added))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
-    result = dict(command="make test-colab", python=platform.python_version(), system=platform.system(), commit=commit, notebook=NOTEBOOK, code_cells_executed=len(code_cells(nb)),
-                  adapters_on_drive=adapters, same_greedy_answers="the same tokens: True" in texts, **{"kept as they were": {p: dict(before=before[p], after=after[p]) for p in KEEP}}, changed=changed, added=added,
+    result = dict(command="make test-colab", python=platform.python_version(), system=platform.system(), commit=commit, notebook=NOTEBOOK, code_cells_executed=len(executed),
+                  adapters_on_drive=adapters, same_greedy_answers="the same tokens: True" in texts, widgets=re.search("widgets: (.*) with", texts)[1].split(", "), **{"kept as they were": {p: dict(before=before[p], after=after[p]) for p in KEEP}}, changed=changed, added=added,
                   packages={p: before[p] for p in ("transformers", "peft", "accelerate", "datasets", "pyarrow", "safetensors", "scipy", "matplotlib", "ipykernel")},
                   not_had_here=["a GPU", "google.colab: Google Drive was a local folder", "Colab's other preinstalled packages", "the download of a model and a data set"])
     (root / "bench/results/colab.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -378,7 +378,7 @@ def test_the_check_with_colabs_versions_found_nothing_changed():
     assert set(found["kept as they were"]) == set(colab.KEEP)
     assert all(v["before"] == v["after"] for v in found["kept as they were"].values()) and not set(colab.KEEP) & set(found["changed"])
     assert {"stasc", "bitsandbytes"} <= set(found["added"]) and found["code_cells_executed"] == len(CODE) and found["same_greedy_answers"]
-    assert found["adapters_on_drive"] == ["iter_01", "iter_02"]
+    assert found["adapters_on_drive"] == ["iter_01", "iter_02"] and len(found["widgets"]) == 4
     held = dict(re.findall(r"^([\w.-]+)==(\S+)$", (root / "constraints-colab.txt").read_text(encoding="utf-8"), re.M))
     for p, v in dict(torch="2.11.0", transformers="5.15.0", peft="0.20.0", datasets="4.0.0", ipywidgets="7.7.1", ipython="7.34.0").items(): assert held[p] == v
     there = found["packages"] | {p: v["before"] for p, v in found["kept as they were"].items()}
