@@ -13,11 +13,15 @@ FLOORS_VENV ?= .venv-floors
 FLOORS_BIN := $(FLOORS_VENV)/bin
 FLOORS_STAMP := $(FLOORS_VENV)/.stasc-installed
 
+COLAB_VENV ?= .venv-colab
+COLAB_BIN := $(COLAB_VENV)/bin
+COLAB_STAMP := $(COLAB_VENV)/.colab-installed
+
 LATEST_VENV ?= .venv-latest
 LATEST_BIN := $(LATEST_VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-browser test-vllm test-floors test-latest bench export readme lab clean
+.PHONY: help env demo test test-browser test-vllm test-floors test-latest test-colab bench export readme lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -74,6 +78,15 @@ test-latest: ## the tests with today's newest releases, in .venv-latest (PYTHON 
 	test -d $(LATEST_BIN) || $(PYTHON) -m venv $(LATEST_VENV)
 	$(LATEST_BIN)/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
 	HF_HUB_OFFLINE=1 $(LATEST_BIN)/python -m pytest tests -n 2 --dist loadfile
+
+$(COLAB_STAMP): constraints-colab.txt
+	test -d $(COLAB_BIN) || $$(command -v python3.13 || echo $(PYTHON)) -m venv $(COLAB_VENV)
+	$(COLAB_BIN)/python -m pip install -q --disable-pip-version-check -c constraints-colab.txt $$(sed 's/[#=].*//' constraints-colab.txt | grep -v '^nvidia\|^cuda')
+	touch $@
+
+test-colab: export OMP_NUM_THREADS = 1
+test-colab: $(COLAB_STAMP) ## the Colab notebook with Colab's versions: it installs stasc itself, and changes none of torch, numpy, ... (gigabytes)
+	$(COLAB_BIN)/python bench/colab.py
 
 bench: export HF_HUB_OFFLINE = 1
 bench: env ## sampling, fine-tuning, plan and loop against what one would use otherwise: tables in bench/results (half an hour)

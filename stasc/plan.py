@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['GB', 'GPUS', 'Shape', 'linears', 'parameters', 'adapter_parameters', 'shape_of', 'weight_bytes', 'activation_bytes',
            'logit_bytes', 'training_bytes', 'sampling_bytes', 'cache_bytes', 'GPU', 'Choice', 'choose', 'Assumed',
-           'texts_of', 'disk_bytes', 'Plan', 'plan']
+           'texts_of', 'disk_bytes', 'Plan', 'plan', 'fitted', 'Preflight', 'preflight']
 
 # %% ../nbs/07b_plan.ipynb #f43c6140
-import dataclasses, html, json, math
+import dataclasses, html, json, logging, math, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Config, ConfigError, ModelError, Variant, unknown
-from .model import choose_dtype, find_model
+from .model import _first_line, _with_gradient, choose_device, choose_dtype, find_model, free_memory
 
 # %% ../nbs/07b_plan.ipynb #6cc5d993
 @dataclass(frozen=True)
@@ -250,12 +250,15 @@ def plan(cfg: Config,
          assumed: Assumed = Assumed()) -> Plan:
     "Estimate memory, time and disk of a run."
     if gpu is not None and gpu not in GPUS: raise ConfigError(unknown("gpu", gpu, GPUS))
-    s, new = shape_of(cfg.model), max(1, cfg.max_new_tokens * assumed.length)
-    first = first or 100
-    prompt = prompt or round(first + 50 + new + 200 * cfg.shots)
+    s, (prompt, first, new) = shape_of(cfg.model), _lengths(cfg, prompt, first, assumed)
     cards = [GPUS[gpu]] if gpu else list(GPUS.values())
     rows = [_row(s, cfg, g, f, prompt, first, new, assumed) for g in cards for f in ("lora", "qlora", "full")]
     return Plan(cfg, s, rows, disk_bytes(s, cfg, new), _notes(s, cfg, rows, prompt, first, new, assumed))
+
+def _lengths(cfg, prompt, first, a):
+    "Tokens of a correction prompt, of a first prompt and of a text on average, reckoned where they are not given."
+    first, new = first or 100, max(1, cfg.max_new_tokens * a.length)
+    return prompt or round(first + 50 + new + 200 * cfg.shots), first, new
 
 # %% ../nbs/07b_plan.ipynb #5185fe3c
 def _row(s, cfg, g, finetune, prompt, first, new, a) -> dict:
@@ -301,3 +304,120 @@ def _disk_line(self): return f"Disk: {sum(self.disk.values()) / GB:.2f} GB ({', 
 
 Plan.cells, Plan.__repr__, Plan._repr_html_, Plan.disk_line = _cells, _repr, _repr_html, _disk_line
 Config.plan = plan
+
+# %% ../nbs/07b_plan.ipynb #0ab4b941
+def fitted(cfg: Config,
+           gpu: str,                # a known card
+           prompt: int|None = None, # tokens of a correction prompt
+          ) -> Config:
+    "The same settings with batches that a card holds."
+    if gpu not in GPUS: raise ConfigError(unknown("gpu", gpu, GPUS))
+    s, (prompt, _, _) = shape_of(cfg.model), _lengths(cfg, prompt, None, Assumed())
+    c = choose(s, GPUS[gpu], cfg.finetune, cfg, prompt)
+    if not c.fits: raise ConfigError(f"{Path(cfg.model).name} with finetune = {cfg.finetune!r} does not fit on the {gpu}: {c.peak / GB:.1f} GB even with the smallest batches; take qlora, a smaller model or a larger card")
+    return cfg.replace(train_batch=c.train_batch, grad_accumulation=c.grad_accumulation, sample_batch=c.sample_batch)
+
+# %% ../nbs/07b_plan.ipynb #7949020a
+@dataclass(frozen=True)
+class Preflight:
+    "What this machine has for a run, and the plan."
+    checks: list        # (what, found, verdict); a verdict is "ok", "note" or "problem"
+    plan: Plan          # for this card, or for all where it is not a known one
+
+    @property
+    def ok(self):
+        "Does nothing stand in the way?"
+        return not any(verdict == "problem" for *_, verdict in self.checks)
+
+def _known(name: str, memory: float) -> str|None:
+    "The card of `GPUS` that a driver calls by this name."
+    words = name.replace("-", " ").split()
+    fits = [g for g in GPUS.values() if all(w in words for w in g.name.split() if not w.endswith("GB"))]
+    return min(fits, key=lambda g: abs(g.memory - memory)).name if fits else None
+
+# %% ../nbs/07b_plan.ipynb #837800ec
+def _four_bit(device, dtype) -> tuple[str, str]:
+    "Multiply with a 4-bit layer, there and back."
+    import torch
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)      # would like a kernel from the Hub
+    try:
+        import bitsandbytes as bnb
+        draw = torch.Generator().manual_seed(0)
+        weight = torch.randn(128, 256, generator=draw)
+        layer = bnb.nn.Linear4bit(256, 128, bias=False, compute_dtype=getattr(torch, dtype), quant_type="nf4", compress_statistics=True)
+        layer.weight.data = weight.clone()
+        layer = _with_gradient(layer.to(device))
+        x = torch.randn(16, 256, generator=draw).to(device, getattr(torch, dtype)).requires_grad_()
+        y = layer(x)
+        y.float().sum().backward()
+        exact = x.detach().float().cpu() @ weight.T
+        error = float((y.detach().float().cpu() - exact).norm() / exact.norm())
+    except ImportError: return "bitsandbytes is not installed: pip install 'stasc[qlora]'", "problem"
+    except Exception as e: return f"bitsandbytes fails on {device}: {_first_line(e)}", "problem"      # whatever a broken installation raises
+    good = error < .2 and bool(x.grad.isfinite().all()) and bool(x.grad.any())
+    return f"on {device}, {error:.0%} off the full product, gradient {'there' if x.grad.any() else 'missing'}", "ok" if good else "problem"
+
+# %% ../nbs/07b_plan.ipynb #86e2cb65
+def _need(s, cfg, dtype, prompt) -> float:
+    "Bytes at the peak of fine-tuning and sampling, with the batches of `cfg`."
+    half, longest = dtype != "float32", cfg.max_new_tokens
+    train = training_bytes(s, cfg.finetune, cfg.lora_r, cfg.train_batch, prompt, longest, half, cfg.gradient_checkpointing == "on")
+    return max(sum(train.values()), sum(sampling_bytes(s, cfg.finetune, cfg.lora_r, cfg.sample_batch, prompt + longest, half).values()))
+
+def _room(what, free, need, where, else_="problem", advice="") -> tuple[str, str, str]:
+    short = need > free
+    return what, f"{free / GB:.1f} GB free, {need / GB:.1f} GB needed {where}{advice if short else ''}", else_ if short else "ok"
+
+def _gpu_checks(device, dtype, cfg) -> tuple:   # rows, and the name of a known card
+    import torch
+    if device != "cuda":
+        why = f"device = {cfg.device!r}" if cfg.device != "auto" else "torch sees none of NVIDIA's; on Colab choose one under Runtime, Change runtime type"
+        return [("GPU", f"not used ({why}): the run goes on the {dict(cpu='CPU', mps='Apple GPU')[device]}", "note"), ("number format", dtype, "ok")], None
+    name, (major, minor), memory = torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_device_properties(0).total_memory / GB
+    card = _known(name, memory)
+    wrong = dtype == "bfloat16" and major < 8
+    has = "has bfloat16" if major >= 8 else "has no bfloat16"
+    return [("GPU", f"{name}, {memory:.1f} GB" + ("" if card else f"; its speed is not known here (known: {', '.join(GPUS)})"), "ok" if card else "note"),
+            ("number format", f"{dtype}; compute capability {major}.{minor} {has}" + ("; set dtype = 'auto'" if wrong else ""), "problem" if wrong else "ok")], card
+
+# %% ../nbs/07b_plan.ipynb #6931511f
+def preflight(cfg: Config,
+              out: str|Path = "runs",       # where the run will be written
+              gpu: str|None = None,         # the card that the settings were made for; another one here is noted
+              prompt: int|None = None,      # tokens of a correction prompt
+              first: int|None = None,       # tokens of a prompt for an initial answer
+             ) -> Preflight:
+    "Look at this machine before a run."
+    import psutil, torch
+    device, s = choose_device(cfg.device), shape_of(cfg.model)
+    dtype = choose_dtype(cfg.dtype, device, torch.cuda.get_device_capability() if device == "cuda" else None)
+    rows, card = _gpu_checks(device, dtype, cfg)
+    if card and gpu and card != gpu: rows.insert(1, ("settings", f"made for the {gpu}, and this is the {card}", "note"))
+    made = plan(cfg, card or gpu, prompt, first)
+    weights, need = 2 * sum(parameters(s).values()), _need(s, cfg, dtype, _lengths(cfg, prompt, first, Assumed())[0])
+    if device != "cpu": rows.append(_room("GPU memory", free_memory(device), need, "at the peak", advice="; take fitted(cfg, card), or finetune = 'qlora'"))
+    place = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
+    here = Path(find_model(cfg.model)).is_dir() or _cached(cfg.model) is not None
+    rows.append(_room("disk", shutil.disk_usage(place).free, sum(made.disk.values()) + (0 if here else weights), "for the run" + ("" if here else " and the model"), advice="; make room, or write elsewhere"))
+    rows.append(_room("RAM", psutil.virtual_memory().available, need if device == "cpu" else weights, "at the peak" if device == "cpu" else "to load the model at once", "note"))
+    if cfg.finetune == "qlora": rows.append(("4-bit product", *_four_bit(device, dtype)))
+    return Preflight([*rows, _time_check(made, cfg, card, gpu)], made)
+
+def _time_check(made, cfg, card, gpu):
+    hours = next((r["hours"] for r in made.rows if r["finetune"] == cfg.finetune), None) if card or gpu else None
+    if hours is None: return "time", "not known here; the plan has the cards that are known", "note"
+    takes = f"about {60 * hours:.0f} minutes" if hours < 1 else f"about {hours:.1f} hours"
+    return "time", f"{takes} on a {card or gpu}{'' if card else ', which this is not'}: planned, not measured", "ok" if card else "note"
+
+# %% ../nbs/07b_plan.ipynb #4351743a
+def _preflight_repr(self):
+    width = [max(len(r[i]) for r in self.checks) for i in (0, 2)]
+    rows = [f"{verdict:{width[1]}}  {what:{width[0]}}  {found}" for what, found, verdict in self.checks]
+    return "\n".join([*rows, "", repr(self.plan)])
+
+def _preflight_html(self):
+    colour = dict(ok="#1a7f37", note="#9a6700", problem="#b3261e")
+    rows = [f"<tr><td style='color:{colour[v]};font-weight:600'>{v}</td><td style='text-align:left'>{html.escape(what)}</td><td style='text-align:left'>{html.escape(found)}</td></tr>" for what, found, v in self.checks]
+    return f"<table>{''.join(rows)}</table>" + self.plan._repr_html_()
+
+Preflight.__repr__, Preflight._repr_html_ = _preflight_repr, _preflight_html
