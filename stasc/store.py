@@ -234,10 +234,14 @@ RunDir.config, RunDir.check_same, RunDir._mark_settings = _config, _check_same, 
 # %% ../nbs/08_store.ipynb #b51df515
 def _record(self, name, **facts):
     "Enter a finished file or folder into the manifest."
-    entry = dict(name=name, **facts, sha256=_digest(self/name)) | (dict(settings=self._mark) if self._mark else {})
+    self._publish(dict(name=name, **facts, sha256=_digest(self/name)))
+
+def _publish(self, entry):
+    "From here on it counts."
+    entry = entry | (dict(settings=self._mark) if self._mark else {})
     with _said(self/"manifest.jsonl"), (self/"manifest.jsonl").open("a", encoding="utf-8", newline="\n") as f:
         f.write(json.dumps(entry | dict(check=_check(entry))) + "\n"); f.flush(); os.fsync(f.fileno())
-    self.manifest[name] = entry
+    self.manifest[entry["name"]] = entry
 
 def _done(self, name: str) -> bool:
     "Is this file or folder complete?"
@@ -258,7 +262,7 @@ def _verified(self, name):
         raise StoreError(f"{self/name} is damaged (its checksum is not the manifest's); delete it and resume the run to make it again")
     return self/name
 
-RunDir._record, RunDir.done, RunDir.astray, RunDir.verified = _record, _done, _astray, _verified
+RunDir._record, RunDir._publish, RunDir.done, RunDir.astray, RunDir.verified = _record, _publish, _done, _astray, _verified
 
 # %% ../nbs/08_store.ipynb #e2c968d0
 def _write(self, name: str, rows: list[dict], kind: str, **facts):
