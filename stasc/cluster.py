@@ -83,16 +83,18 @@ def _lines(self, sweep: Sweep, names, data, reward, engine):        # yields a l
 Ray.lines = _lines
 
 # %% ../nbs/14d_cluster.ipynb #ad71fff2
-class _Notes(RunDir):
-    "A run directory in which files are made, and their lines for manifest and log noted for whoever holds the run."
-    def __init__(self, path): self.lines, self.logged = [], []; super().__init__(path)
-    def _publish(self, entry): self.lines.append(entry); self.manifest[entry["name"]] = entry
-    def log(self, **facts): self.logged.append(facts)
+def _noting(d: RunDir):
+    "Have a directory's lines for manifest and log noted for whoever holds the run; where it is far away, the files are put there first."
+    def publish(entry):
+        if hasattr(d, "url"): d._put(entry["name"])
+        d.lines.append(entry)
+        d.manifest[entry["name"]] = entry
+    d.lines, d.logged, d._publish, d.log = [], [], publish, lambda **facts: d.logged.append(facts)
 
 class _Part(STaSC):
     "A run of which one part is drawn, or one model trained."
     def _parts(self, n, phase, questions):
-        if any(name not in self.dir.manifest for name in self._reads(n, phase)): self.dir._read_manifest()
+        if any(name not in self.dir.manifest for name in self._reads(n, phase)): self.dir.refresh()
         size = self.cfg.part_size
         self.engine.use(self._model_folder(n))
         self._where, self._bad, self._sampling = f"M_{n}, {phase}", [], 0.
@@ -116,7 +118,7 @@ class _Part(STaSC):
     def fit(self, n):
         "Train M_n; the lines for the manifest and for the log."
         self.dir.lines, self.dir.logged = [], []
-        self.dir._read_manifest()
+        self.dir.refresh()
         trained = STaSC._fit(self, n)
         return trained, self.dir.lines, self.dir.logged
 
@@ -131,7 +133,8 @@ def _asked(run, phase):
 def _part_run(path, cfg, reward, engine):
     "What an actor holds."
     run = _Part.open(path, callbacks=[], reward=reward, **{k: getattr(cfg, k) for k in PERMISSIONS if getattr(cfg, k)})
-    run.dir, run._engine = _Notes(path), engine(run.cfg)
+    _noting(run.dir)
+    run._engine = engine(run.cfg)
     return run
 
 class _Actor:
@@ -153,7 +156,7 @@ class Sharded(STaSC):
         if self.actors: return
         began, ray = time.perf_counter(), _ray()
         kind = ray.remote(**self.on.needs, max_restarts=-1, max_task_retries=-1)(_Actor)
-        self.actors = [kind.remote(self.dir.path.resolve(), self.cfg, self._reward, self.make) for _ in range(self.on.room())]
+        self.actors = [kind.remote(getattr(self.dir, "url", self.dir.path.resolve()), self.cfg, self._reward, self.make) for _ in range(self.on.room())]
         model = self._ask(ray.get, self.actors[0].do.remote("describe"))
         self.dir.log(iteration=n, phase="load", seconds=round(time.perf_counter() - began, 3), model_seconds=0., model=model, engines=len(self.actors))
 

@@ -121,6 +121,8 @@ class RunDir:
         if not named: raise StoreError(f"{str(path)!r} is no name of a directory; choose another")
         self._read_manifest()
 
+    where = property(lambda self: self.path.as_posix(), doc="What a person calls it.")
+
     def __truediv__(self, name): return self.path/name
 
     def _read_manifest(self):
@@ -309,8 +311,13 @@ def _table(self, iteration: int,
     else: names = self.part_names(iteration, phase) if part is None else [part_name(iteration, phase, part)]
     return read_tables([self.verified(n) for n in names], "initial" if kind == "transfer" else kind, token_ids, only)
 
+def _drop(self, name: str):
+    "Delete a finished folder that nobody needs any more; its line stays."
+    shutil.rmtree(self.path/name, ignore_errors=True)
+
 def _disk_use(self) -> int:         # bytes
     "What the run takes on disk."
     return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
-RunDir.part_names, RunDir.table, RunDir.disk_use = _part_names, _table, _disk_use
+RunDir.part_names, RunDir.table, RunDir.drop, RunDir.disk_use = _part_names, _table, _drop, _disk_use
+RunDir.refresh = lambda self: self._read_manifest()                 # another process may have gone on since

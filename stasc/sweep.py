@@ -15,6 +15,7 @@ from .core import PERMISSIONS, Config, ConfigError, DataError, StascError, Store
 from .data import Data
 from .loop import Progress, STaSC
 from .metrics import _t_interval, paper_table
+from .remote import only_here
 from .reward import reward_name
 from .store import RunDir, part_name, read_json, whole
 from .train import Engine
@@ -424,6 +425,7 @@ def sweep(grid: dict|list|None = None,      # option -> value or values, or a li
           shown=print,                      # is given a line for each trial; None shows nothing
          ) -> Sweep:
     "Run each trial of a grid that is not done yet."
+    only_here(out, "a sweep")
     elsewhere = hasattr(workers, "lines")
     if not (elsewhere or isinstance(workers, int) and workers > 0): raise ConfigError(f"workers = {workers!r}: expected a whole number of at least 1, or a stasc.cluster.Ray")
     if not elsewhere and workers > 1: _importable(reward, engine)

@@ -184,3 +184,9 @@ def test_run_that_keeps_nothing_ends_in_good_order(cluster, tmp_path):
         def sample(self, prompts, n, params, seeds): return [[s.__class__(**vars(s) | dict(text="Final Answer: 0")) for s in row] for row in super().sample(prompts, n, params, seeds)]
     run = sharded(tmp_path / "run", engine=Wrong).run()
     assert run.n_done == 1 and "none of its corrections passed" in run.ended
+
+
+def test_engines_put_their_parts_into_a_bucket(cluster, tmp_path):
+    run = sharded(f"file://{tmp_path}/there").run()
+    sharded(tmp_path / "here").run()
+    assert run.n_done == 3 and {k: v for k, v in unsorted(tmp_path / "there").items() if not k.startswith("manifest/")} == unsorted(tmp_path / "here")
