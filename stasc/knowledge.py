@@ -17,6 +17,7 @@ from .facts_model import fact_logprob, gold_logprob
 from .loop import STaSC, _same_model, default_out
 from .plot import BLUE, _FAINT, _drawn, _new
 from .reward import judge
+from .remote import only_here
 from .store import RunDir, read_json
 from .train import Example
 
@@ -31,6 +32,7 @@ class GoldControl(STaSC):
     def __init__(self, cfg: Config|None = None, out: str|Path|None = None, *,
                  gold,                          # a function Question -> text; or a dict, question id -> text
                  data=None, engine=None, reward=None, callbacks=None, **options):       # as for `STaSC`
+        only_here(out, "a gold control")
         cfg = (cfg or Config()).replace(**options)
         if out is None: out = default_out(cfg).with_name(f"gold-{default_out(cfg).name}")
         super().__init__(cfg, out, data=data, engine=engine, reward=reward, callbacks=callbacks)

@@ -6,7 +6,7 @@
 __all__ = ['split_metrics', 'Iteration', 'Progress', 'STaSC', 'default_out']
 
 # %% ../nbs/09_loop.ipynb #c5829c36
-import contextlib, ctypes, dataclasses, hashlib, html, json, os, queue, shutil, sys, threading, time, warnings, _thread
+import contextlib, ctypes, dataclasses, hashlib, html, json, os, queue, sys, threading, time, warnings, _thread
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,7 +18,8 @@ from .filter import apply_filter, pair
 from .label_free import check_label_free, label_free_reward, majority_answer
 from .prompt import Prompter, PromptSet, _checked, prompts_of
 from .reward import final_answer, judge, reward_name
-from .store import RunDir, _check, part_name, read_json
+from .remote import run_dir
+from .store import _check, part_name, read_json
 from .task import reward_of
 from .train import Engine, Example, ScriptedEngine, reports
 
@@ -126,7 +127,7 @@ class STaSC:
         self.cfg, self.variant, self._reward, self._prompts = cfg, Variant(cfg.variant), reward, None
         if data is not None: _check_data(data, cfg)
         if lm := getattr(engine, "lm", None): _same_model(lm.cfg, cfg)
-        self.dir = RunDir(out or default_out(cfg))
+        self.dir = run_dir(out or default_out(cfg))
         self.dir.check_same(cfg)
         self._data, self._engine, self._prompter, self._trusted = data, engine, None, set()
         self.callbacks = [Progress()] if callbacks is None else list(callbacks)
@@ -134,12 +135,12 @@ class STaSC:
     @classmethod
     def open(cls, path: str|Path, **kw) -> "STaSC":
         "The run in a directory, with the settings and questions that are stored there."
-        there = RunDir(path).config()
+        there = (d := run_dir(path)).config()
         if there is None: raise StoreError(f"{path} is not a run directory: it has no config.json (if it was lost, run with the settings of before and out = this directory: it is written again)")
         f = str(Path(path)/"config.json")
         try: cfg = Config.from_dict(there["config"] | dict.fromkeys(PERMISSIONS, False), where=f)
         except ConfigError as e: raise ConfigError(f"{str(e) if f in str(e) else f'{f}: {e}'}; if it is damaged, delete it and run with the settings and questions of before, and it is written again") from None
-        run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(Path(path), there.get("data_fingerprint")), **kw)
+        run = cls(cfg, path, data=kw.pop("data", None) or _stored_questions(d, there.get("data_fingerprint")), **kw)
         run._asks = [k for k in PERMISSIONS if there["config"].get(k) and k not in kw]
         if there.get("prompts"): run._prompts = _checked(f"in {Path(path)/'config.json'}", there["prompts"])
         return run
@@ -512,7 +513,7 @@ STaSC.step, STaSC._make, STaSC._load, STaSC._writing = _step, _make, _load, _wri
 def _prune(self, n):
     "Delete full models that no later iteration starts from, where `keep_models` asks for it."
     if self.cfg.finetune == "full" and self.cfg.keep_models:
-        for old in range(1, n - self.cfg.keep_models + 1): shutil.rmtree(self.dir/f"iter_{old:02d}/{self._kind}", ignore_errors=True)
+        for old in range(1, n - self.cfg.keep_models + 1): self.dir.drop(f"iter_{old:02d}/{self._kind}")
 
 STaSC._prune = _prune
 
@@ -537,7 +538,7 @@ def _run(self,
 def _n_done(self) -> int:
     "How many iterations are complete, M_0 included."
     n = 0
-    while (self.dir/f"iter_{n:02d}"/"metrics.json").exists() and not self._astray(n): n += 1
+    while (self.dir/f"iter_{n:02d}/metrics.json").exists() and not self._astray(n): n += 1
     return n
 
 def _astray(self, n): return {name for name in self.dir.astray(n) if not name.endswith("/model")}     # a full model may have been pruned
@@ -582,7 +583,7 @@ def _getitem(self, n: int) -> Iteration:
     return Iteration(n, self._read_metrics(n), self._example(n, "improved"), self._example(n, "worsened"))
 
 def _read_metrics(self, n):
-    f = self.dir/f"iter_{n:02d}"/"metrics.json"
+    f = self.dir/f"iter_{n:02d}/metrics.json"
     metrics = read_json(f, "delete it and resume the run")
     check = metrics.pop("check", None) if isinstance(metrics, dict) else None         # older versions wrote none
     if not _are_metrics(metrics, n) or check not in (None, _check(metrics)): raise StoreError(f"{f} is damaged, or holds no metrics; delete it and resume the run")
@@ -645,7 +646,7 @@ def _repr(self):
     state = "complete" if self.n_done > self.cfg.iterations else f"{self.n_done} of the models M_0 to M_{self.cfg.iterations}"
     if self.n_done: state += f", {self.dir.disk_use() / 1e6:.1f} MB"
     free = f", label-free by {self.cfg.label_free}" if self.cfg.label_free != "off" else ""
-    return f"STaSC {self.cfg.variant} ({self.variant.words}){free} on {self.cfg.model}, {state}, in {self.dir.path.as_posix()}"
+    return f"STaSC {self.cfg.variant} ({self.variant.words}){free} on {self.cfg.model}, {state}, in {self.dir.where}"
 
 STaSC.table, STaSC.__repr__ = _table, _repr
 STaSC._repr_html_ = lambda self: f"<p>{html.escape(repr(self))}</p>" + (self.table().to_html(border=0) if self.n_done else "")

@@ -14,6 +14,7 @@ from .filter import apply_filter, pair
 from .loop import STaSC, Iteration, default_out
 from .metrics import by_iteration
 from .prompt import PromptSet, initial_messages, _fill
+from .remote import only_here
 from .store import RunDir, part_name, read_json, read_tables
 from .train import Example
 
@@ -50,6 +51,7 @@ class STaR(STaSC):
                  rationalise: bool = True,      # ask with a hint where all rationales of a question failed
                  hint: str|None = None,         # its wording; default: that of `HINTS` for the prompt set
                  data=None, engine=None, reward=None, callbacks=None, **options):       # as for `STaSC`
+        only_here(out, "a run of STaR")
         cfg = (cfg or Config()).replace(**options | dict(variant="EIF", filter="correct"))
         if out is None: out = default_out(cfg).with_name(default_out(cfg).name.replace("-EIF-correct-", "-STaR-" if rationalise else "-STaR-nohint-"))
         super().__init__(cfg, out, data=data, engine=engine, reward=reward, callbacks=callbacks)

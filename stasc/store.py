@@ -121,6 +121,8 @@ class RunDir:
         if not named: raise StoreError(f"{str(path)!r} is no name of a directory; choose another")
         self._read_manifest()
 
+    where = property(lambda self: self.path.as_posix(), doc="What a person calls it.")
+
     def __truediv__(self, name): return self.path/name
 
     def _read_manifest(self):
@@ -234,10 +236,14 @@ RunDir.config, RunDir.check_same, RunDir._mark_settings = _config, _check_same, 
 # %% ../nbs/08_store.ipynb #b51df515
 def _record(self, name, **facts):
     "Enter a finished file or folder into the manifest."
-    entry = dict(name=name, **facts, sha256=_digest(self/name)) | (dict(settings=self._mark) if self._mark else {})
+    self._publish(dict(name=name, **facts, sha256=_digest(self/name)))
+
+def _publish(self, entry):
+    "From here on it counts."
+    entry = entry | (dict(settings=self._mark) if self._mark else {})
     with _said(self/"manifest.jsonl"), (self/"manifest.jsonl").open("a", encoding="utf-8", newline="\n") as f:
         f.write(json.dumps(entry | dict(check=_check(entry))) + "\n"); f.flush(); os.fsync(f.fileno())
-    self.manifest[name] = entry
+    self.manifest[entry["name"]] = entry
 
 def _done(self, name: str) -> bool:
     "Is this file or folder complete?"
@@ -258,7 +264,7 @@ def _verified(self, name):
         raise StoreError(f"{self/name} is damaged (its checksum is not the manifest's); delete it and resume the run to make it again")
     return self/name
 
-RunDir._record, RunDir.done, RunDir.astray, RunDir.verified = _record, _done, _astray, _verified
+RunDir._record, RunDir._publish, RunDir.done, RunDir.astray, RunDir.verified = _record, _publish, _done, _astray, _verified
 
 # %% ../nbs/08_store.ipynb #e2c968d0
 def _write(self, name: str, rows: list[dict], kind: str, **facts):
@@ -305,8 +311,13 @@ def _table(self, iteration: int,
     else: names = self.part_names(iteration, phase) if part is None else [part_name(iteration, phase, part)]
     return read_tables([self.verified(n) for n in names], "initial" if kind == "transfer" else kind, token_ids, only)
 
+def _drop(self, name: str):
+    "Delete a finished folder that nobody needs any more; its line stays."
+    shutil.rmtree(self.path/name, ignore_errors=True)
+
 def _disk_use(self) -> int:         # bytes
     "What the run takes on disk."
     return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
-RunDir.part_names, RunDir.table, RunDir.disk_use = _part_names, _table, _disk_use
+RunDir.part_names, RunDir.table, RunDir.drop, RunDir.disk_use = _part_names, _table, _drop, _disk_use
+RunDir.refresh = lambda self: self._read_manifest()                 # another process may have gone on since

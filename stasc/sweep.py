@@ -15,6 +15,7 @@ from .core import PERMISSIONS, Config, ConfigError, DataError, StascError, Store
 from .data import Data
 from .loop import Progress, STaSC
 from .metrics import _t_interval, paper_table
+from .remote import only_here
 from .reward import reward_name
 from .store import RunDir, part_name, read_json, whole
 from .train import Engine
@@ -420,12 +421,14 @@ def sweep(grid: dict|list|None = None,      # option -> value or values, or a li
           *, data: Data|None = None,        # questions for all trials; default: what each configuration names
           reward=None,                      # a function in place of the configurations' reward
           engine=Engine,                    # function of a `Config` that gives an engine
-          workers: int = 1,                 # local processes
+          workers = 1,                      # local processes; or a `stasc.cluster.Ray`
           shown=print,                      # is given a line for each trial; None shows nothing
          ) -> Sweep:
     "Run each trial of a grid that is not done yet."
-    if not (isinstance(workers, int) and workers > 0): raise ConfigError(f"workers = {workers!r}: expected a whole number of at least 1")
-    if workers > 1: _importable(reward, engine)
+    only_here(out, "a sweep")
+    elsewhere = hasattr(workers, "lines")
+    if not (elsewhere or isinstance(workers, int) and workers > 0): raise ConfigError(f"workers = {workers!r}: expected a whole number of at least 1, or a stasc.cluster.Ray")
+    if not elsewhere and workers > 1: _importable(reward, engine)
     out, trials = Path(out), trials_of(grid, base) if grid is not None else {}
     if reward: trials = {n: c.replace(reward=reward_name(reward)) for n, c in trials.items()}
     with _locked(out):
@@ -440,7 +443,8 @@ def _go(self, data, reward, engine, workers, shown):
     left = {n: c for n, c in self.trials.items() if n not in done}
     if done: shown(f"{len(done)} of {len(self.trials)} trials were done before")
     began, engines = time.perf_counter(), Engines(engine)
-    if workers > 1: lines = self._in_processes(_by_start(left), workers, data, reward, engine)
+    if hasattr(workers, "lines"): lines = workers.lines(self, _by_start(left), data, reward, engine)
+    elif workers > 1: lines = self._in_processes(_by_start(left), workers, data, reward, engine)
     else: lines = (self.do(n, engines, data, reward, [Progress()]) for n in left)
     for i, line in enumerate(lines, 1):
         shown(f"[{len(done) + i}/{len(self.trials)}] {line}{_ahead(began, i, len(left))}")

@@ -1,0 +1,192 @@
+"Sweeps and runs on a Ray cluster of two nodes: the same bytes as on one process, whoever dies."
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="ray is not installed: pip install 'stasc[ray]'")
+import ray
+from ray.cluster_utils import Cluster
+from test_sweep import BASE, QUESTIONS, Sensitive, ask, swept, tree
+
+from stasc.cluster import Ray, Sharded
+from stasc.core import Config, ConfigError, RewardError, SampleError, all_variants
+from stasc.data import Data
+from stasc.loop import STaSC
+from stasc.store import part_name
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the tests kill processes by signals")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    c = Cluster(initialize_head=True, head_node_args=dict(num_cpus=2, include_dashboard=False))
+    ray.init(address=c.address, log_to_driver=False, logging_level="error")
+    yield c
+    ray.shutdown()
+    c.shutdown()
+
+
+@pytest.fixture
+def second(cluster):
+    "A second node, which a test may kill."
+    node = cluster.add_node(num_cpus=2, resources={"second": 2})
+    cluster.wait_for_nodes()
+    yield node
+    if node in cluster.list_all_nodes(): cluster.remove_node(node)
+
+
+class Slow(Sensitive):
+    "Takes its time, and notes who is at work."
+    def __init__(self, cfg=None): super().__init__(cfg); Path(os.environ.get("AT_WORK", "/dev/null")).open("a").write(f"{os.getpid()} {ray.get_runtime_context().get_node_id()}\n")
+    def sample(self, *args): time.sleep(.05); return super().sample(*args)
+
+
+def at_work(tmp_path): return [line.split() for line in (tmp_path / "at_work").read_text().splitlines()] if (tmp_path / "at_work").exists() else []
+
+
+def waited(found, seconds=60):
+    end = time.monotonic() + seconds
+    while not found() and time.monotonic() < end: time.sleep(.02)
+    assert found()
+    return found()
+
+
+def slow(tmp_path):
+    "Engines that write down where they are, in a process that knows no environment of ours."
+    path = str(tmp_path / "at_work")
+    def make(cfg): os.environ["AT_WORK"] = path; return Slow(cfg)
+    return make
+
+
+GRID = dict(variant=list(map(str, all_variants())), seed=[0])
+
+
+# --- sweeps
+
+def test_sweep_over_two_nodes_is_the_local_one_though_a_worker_and_a_node_are_killed(second, tmp_path):
+    made = {}
+    thread = threading.Thread(target=lambda: made.update(s=swept(GRID, tmp_path / "there", BASE.replace(iterations=4), engine=slow(tmp_path), workers=Ray(workers=4))))
+    thread.start()
+    waited(lambda: len({n for _, n in at_work(tmp_path)}) == 2)             # both nodes are at it
+    os.kill(int(at_work(tmp_path)[0][0]), signal.SIGKILL)
+    waited(lambda: len(at_work(tmp_path)) > 4)                              # a new process has begun
+    second.kill_all_processes(check_alive=False, allow_graceful=False)
+    thread.join(150)
+    assert not thread.is_alive() and len(at_work(tmp_path)) > 5
+    local = swept(GRID, tmp_path / "here", BASE.replace(iterations=4))
+    assert (tmp_path / "there/table.csv").read_bytes() == (tmp_path / "here/table.csv").read_bytes()
+    assert {k: v for k, v in tree(tmp_path / "there").items() if "manifest" not in k} == {k: v for k, v in tree(tmp_path / "here").items() if "manifest" not in k}
+    assert list(made["s"].table.status.unique()) == ["complete"] and local.trials == made["s"].trials
+
+
+@pytest.mark.parametrize("wrong", [dict(workers=0), dict(gpus=-1), dict(cpus=0), dict(retries=-1)])
+def test_what_ray_is_asked_for_is_checked(wrong):
+    with pytest.raises(ConfigError, match=f"Ray: {next(iter(wrong))} = "): Ray(**wrong)
+
+
+def test_more_than_the_cluster_has_is_refused(cluster, tmp_path):
+    with pytest.raises(ConfigError, match="no machine of the cluster has 1 CPUs and 3 GPUs"): Ray(gpus=3).room()
+
+
+def test_trial_that_kills_its_process_each_time_fails_and_the_others_do_not(cluster, tmp_path):
+    def make(cfg):
+        if cfg.seed == 1: os.kill(os.getpid(), signal.SIGKILL)
+        return Sensitive(cfg)
+    s = swept(dict(seed=[0, 1, 2]), tmp_path / "s", engine=make, workers=Ray(retries=1))
+    assert [s.state(n)[0] for n in s.trials] == ["complete", "failed", "complete"]
+    assert "died 2 times" in s.state("seed=1")[1]
+    again = swept(None, tmp_path / "s", workers=Ray())                      # the rest is done later, elsewhere or not
+    assert [again.state(n)[0] for n in again.trials] == ["complete"] * 3
+
+
+# --- one run over several engines
+
+QS = Data(ask(11, "train"), ask(7, "test"))
+
+
+def sharded(out, workers=2, engine=Sensitive, variant="EIE", callbacks=(), **options):
+    return Sharded(BASE.replace(variant=variant, n_train=11, n_test=7, **options), out, data=QS, on=Ray(workers=workers, cpus=.25), engine=engine, callbacks=list(callbacks))
+
+
+def unsorted(folder): return {k: v for k, v in tree(folder).items() if k != "manifest.jsonl"}
+
+
+def manifest(folder): return sorted((folder / "manifest.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("variant", ["EIE", "FNF"])
+def test_run_over_one_two_and_four_engines_is_the_run_of_one_process(cluster, tmp_path, variant):
+    STaSC(BASE.replace(variant=variant, n_train=11, n_test=7), tmp_path / "alone", data=QS, engine=Sensitive(), callbacks=[]).run()
+    for workers in (1, 2, 4):
+        run = sharded(tmp_path / str(workers), workers, variant=variant).run()
+        assert unsorted(tmp_path / str(workers)) == unsorted(tmp_path / "alone") and manifest(tmp_path / str(workers)) == manifest(tmp_path / "alone")
+        assert run.actors == []
+    again = STaSC.open(tmp_path / "4", engine=Sensitive(), callbacks=[])
+    assert again.run().n_done == 3 and unsorted(tmp_path / "4") == unsorted(tmp_path / "alone")
+
+
+def test_run_goes_on_where_an_engine_is_killed(cluster, tmp_path):
+    seen = []
+    class Kill:
+        def on_phase(self, run, n, phase, done, total):
+            if not seen and (n, phase) == (1, "corrections.train") and 0 < done < total:
+                seen.append(done)
+                os.kill(int(at_work(tmp_path)[-1][0]), signal.SIGKILL)
+    sharded(tmp_path / "run", 2, slow(tmp_path), callbacks=[Kill()]).run()
+    assert seen and len(at_work(tmp_path)) == 3                             # one was made anew
+    sharded(tmp_path / "plain").run()
+    assert unsorted(tmp_path / "run") == unsorted(tmp_path / "plain")
+
+
+def test_interrupted_run_goes_on_anywhere(cluster, tmp_path):
+    class Stop:
+        def on_phase(self, run, n, phase, done, total):
+            if (n, phase) == (1, "initial.train") and done > 4: raise KeyboardInterrupt
+    run = sharded(tmp_path / "run", 3, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt): run.run()
+    assert run.actors == [] and run.n_done == 1
+    run.callbacks = []
+    STaSC.open(tmp_path / "run", engine=Sensitive(), callbacks=[]).run()
+    sharded(tmp_path / "plain").run()
+    assert unsorted(tmp_path / "run") == unsorted(tmp_path / "plain")
+
+
+def test_manifest_counts_and_the_driver_holds_no_table(cluster, tmp_path, monkeypatch):
+    import stasc.store
+    written = []
+    monkeypatch.setattr(stasc.store, "write_table", lambda *a: written.append(a))       # in this process alone
+    sharded(tmp_path / "run").run()
+    assert written == []
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[0]["phase"] == "load" and log[0]["engines"] == 2 and {"initial.train", "corrections.test", "train", "metrics"} <= {r["phase"] for r in log}
+
+
+def test_mistakes_elsewhere_are_one_sentence_here(cluster, tmp_path):
+    def bad(answer, references): return 7. if answer and len(answer) else 0.
+    bad.__name__ = "bad"
+    with pytest.raises(RewardError, match=r"^M_0, initial\.train, question 'train\d+', initial answer \d: reward bad gave 7\.0") as e:
+        Sharded(BASE.replace(n_train=11, n_test=7), tmp_path / "run", data=QS, on=Ray(workers=2, cpus=.25), engine=Sensitive, reward=bad, callbacks=[]).run()
+    assert str(e.value).endswith("and resume the run")
+    class Broken(Sensitive):
+        def sample(self, *args): raise SampleError("out of order")
+    with pytest.raises(SampleError, match="^out of order$"): sharded(tmp_path / "other", engine=Broken).run()
+    assert not list((tmp_path / "other").rglob(".tmp-*"))
+
+
+def test_run_that_keeps_nothing_ends_in_good_order(cluster, tmp_path):
+    class Wrong(Sensitive):
+        def sample(self, prompts, n, params, seeds): return [[s.__class__(**vars(s) | dict(text="Final Answer: 0")) for s in row] for row in super().sample(prompts, n, params, seeds)]
+    run = sharded(tmp_path / "run", engine=Wrong).run()
+    assert run.n_done == 1 and "none of its corrections passed" in run.ended
+
+
+def test_engines_put_their_parts_into_a_bucket(cluster, tmp_path):
+    run = sharded(f"file://{tmp_path}/there").run()
+    sharded(tmp_path / "here").run()
+    assert run.n_done == 3 and {k: v for k, v in unsorted(tmp_path / "there").items() if not k.startswith("manifest/")} == unsorted(tmp_path / "here")
