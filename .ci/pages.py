@@ -52,7 +52,7 @@ def github_slug(text):
 
 
 def quarto_slug(text):
-    return re.sub(r"^[^a-z]+", "", "-".join(re.sub(r"[^\w\-.\s]", "", text.lower()).split())) or "section"
+    return re.sub(r"^[\W\d_]+", "", "-".join(re.sub(r"[^\w\-.\s]", "", text.lower()).split())) or "section"
 
 
 def anchors(found, notebook):
@@ -225,8 +225,6 @@ def tell_figures(folder):
 
 
 def main():
-    if sys.argv[1:2] == ["--alt"]:
-        return tell_figures(Path(sys.argv[2]))
     wrong = [*faults(), *(dead_links() if "--online" in sys.argv else [])]
     print("\n".join(wrong) or f"{len(notebooks(root))} pages: all listed, every link leads somewhere, every picture has words.")
     sys.exit(bool(wrong))
