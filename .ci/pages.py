@@ -1,6 +1,7 @@
 "Check the pages: each notebook stands in _quarto.yml, every link leads somewhere, every picture is told in words."
 import ast
 import json
+import posixpath
 import re
 import sys
 import urllib.request
@@ -14,6 +15,8 @@ from markdown_it import MarkdownIt
 root = Path(__file__).resolve().parents[1]
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 IMAGES = ("image/png", "image/jpeg", "image/gif", "image/svg+xml")
+FENCE = re.compile(r"(^```.*?^```)", re.S | re.M)
+LINK = re.compile(r"(?<!!)\[([^\]\[]+)\]\(([^)\s]+)\)")
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 
 
@@ -212,15 +215,25 @@ def dead_links(folder=root):
             yield f"{link} does not answer: {e}."
 
 
-def tell_figures(folder):
-    "Give the figures of the notebooks that Quarto is about to render the option `fig-alt`, which is where Quarto reads alt text."
+def for_quarto(folder,       # notebooks that Quarto is about to render
+               elsewhere="",  # where the files of the repository are to be seen on the web, without a slash at the end
+              ):
+    "Figures get the option `fig-alt`, where Quarto reads alt text; links to files that are no part of the site lead to the repository, or are plain text."
     for path in folder.rglob("*.ipynb"):
         nb = json.loads(path.read_text(encoding="utf-8"))
+
+        def lead(match):
+            place = posixpath.normpath(posixpath.join("nbs", path.parent.relative_to(folder).as_posix(), match[2]))
+            if urlsplit(match[2]).scheme or match[2].startswith(("#", "/")) or place.startswith("nbs/"):
+                return match[0]
+            return f"[{match[1]}]({elsewhere}/{place})" if elsewhere else match[1]
+
         for cell in nb["cells"]:
             alts = list(filter(None, map(figure_alt, cell.get("outputs", []))))
-            if alts and "fig-alt:" not in source(cell):
-                told = json.dumps(alts[0] if len(alts) == 1 else alts, ensure_ascii=False)
-                cell["source"] = f"#| fig-alt: {told}\n{source(cell)}"
+            if cell["cell_type"] == "markdown":
+                cell["source"] = "".join(o if o.startswith("```") else LINK.sub(lead, o) for o in FENCE.split(source(cell)))
+            elif alts and "fig-alt:" not in source(cell):
+                cell["source"] = f"#| fig-alt: {json.dumps(alts[0] if len(alts) == 1 else alts, ensure_ascii=False)}\n{source(cell)}"
         path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
 
 

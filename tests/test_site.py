@@ -228,11 +228,19 @@ def test_quarto_is_told_the_words_of_figures(site):
     picture = lambda alt: shown({"image/png": "iVBOR", "text/plain": alt})
     write(site, "tutorials/start.ipynb", code(picture(odd), id="one"), code(picture("a"), picture("b"), id="two"), code(shown({"text/plain": "3"}), id="none"))
     for _ in range(2):      # a second time changes nothing
-        pages.tell_figures(site / "nbs")
+        pages.for_quarto(site / "nbs")
         _, one, two, none = json.loads((site / "nbs/tutorials/start.ipynb").read_text(encoding="utf-8"))["cells"]
         option = lambda cell: [yaml.safe_load(o.removeprefix("#| "))["fig-alt"] for o in pages.source(cell).splitlines() if o.startswith("#| ")]
         assert option(one) == [odd] and option(two) == [["a", "b"]] and option(none) == []
         assert pages.source(one).endswith("\ndraw()")
+
+
+@pytest.mark.parametrize("elsewhere, place", [("", "results"), ("https://a.org/b/blob/main", "[results](https://a.org/b/blob/main/bench/results)")])
+def test_links_that_leave_the_site(site, elsewhere, place):
+    kept = "[a](../index.ipynb#given) ![b](../images/a%20b.png) [c](https://a.org/../x) [d](#e)\n\n```\n[x](../../README.md)\n```\n\n"
+    write(site, "tutorials/start.ipynb", markdown(kept + "See [results](../../bench/results)."))
+    pages.for_quarto(site / "nbs", elsewhere)
+    assert pages.source(json.loads((site / "nbs/tutorials/start.ipynb").read_text(encoding="utf-8"))["cells"][1]) == kept + f"See {place}."
 
 
 def test_the_site_is_in_the_order_of_reading():
