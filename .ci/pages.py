@@ -137,6 +137,7 @@ def check_heads(folder):
     "A title and a line that says what the page is for; one title only."
     for name in notebooks(folder):
         cells = json.loads((folder / "nbs" / name).read_text(encoding="utf-8"))["cells"]
+        cells = [o for o in cells if not source(o).startswith("---")]   # front matter may stand before the title
         head = source(cells[0]) if cells and cells[0]["cell_type"] == "markdown" else ""
         if not re.match(r"# \S.*\n\s*> \S", head):
             yield f"nbs/{name} does not begin with a title and a quote: its first cell reads `# Title`, an empty line, `> what it is for`."

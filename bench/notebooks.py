@@ -26,8 +26,9 @@ def measured(path):
     try: _, status, used = os.wait4(process.pid, 0)
     except BaseException: process.kill(); raise
     seconds = time.perf_counter() - start
-    cells = [o for o in json.loads(path.read_text(encoding="utf-8"))["cells"] if o["cell_type"] == "code"]
-    kept = sum("".join(o["source"]).startswith(("#| slow", "#| gpu", "#| notest")) for o in cells)
+    head, *_ = every = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = [o for o in every if o["cell_type"] == "code"]
+    kept = len(cells) if "skip_exec: true" in "".join(head["source"]) else sum("".join(o["source"]).startswith(("#| slow", "#| gpu", "#| notest")) for o in cells)
     return {"page": path.relative_to(root / "nbs").with_suffix("").as_posix(), "seconds": f"{seconds:.1f}" if not status else "fails", "processor seconds": f"{used.ru_utime + used.ru_stime:.1f}",
             "memory, GB": f"{used.ru_maxrss / 2**20:.2f}", "code cells": len(cells), "slow cells, not run": kept}
 

@@ -106,6 +106,17 @@ def test_a_page_without_title_and_quote(site, head):
     assert "nbs/tutorials/start.ipynb does not begin with a title and a quote" in only(site)
 
 
+@pytest.mark.parametrize("kind", ["raw", "markdown"])
+def test_front_matter_may_stand_before_the_title(site, kind):
+    write(site, "tutorials/start.ipynb", HEAD, head=markdown("---\nskip_exec: true\n---") | dict(cell_type=kind))
+    assert list(pages.faults(site)) == []
+
+
+def test_an_empty_notebook(site):
+    write(site, "tutorials/start.ipynb", head=None)
+    assert "does not begin with a title" in only(site)
+
+
 def test_a_page_with_two_titles(site):
     write(site, "tutorials/start.ipynb", markdown("```\n# a comment\n```"), markdown("# Again"))
     assert "2 titles, the last `Again`" in only(site)
