@@ -1,5 +1,6 @@
 "The site: the check of pages, links and alt texts finds what is wrong, says it in one sentence, and raises no false alarm."
 import importlib.util
+import io
 import json
 from pathlib import Path
 
@@ -206,6 +207,15 @@ def test_every_heading_has_a_name_of_its_own(texts, notebook):
     found = pages.Found("".join(f"<h2>{o}</h2>" for o in texts))
     names = pages.anchors(found, notebook)
     assert len(names) == len(texts) == len(found.headings)
+
+
+def test_addresses_that_do_not_answer(site, monkeypatch):
+    def open_(request, timeout):
+        if "gone" in request.full_url: raise OSError("HTTP Error 404: Not Found")
+        return io.BytesIO()
+    monkeypatch.setattr(pages.urllib.request, "urlopen", open_)
+    write(site, "tutorials/start.ipynb", markdown("[a](https://a.org/here) [b](https://a.org/gone) [c](https://a.org/gone) [d](mailto:a@b.org)"))
+    assert list(pages.dead_links(site)) == ["https://a.org/gone does not answer: HTTP Error 404: Not Found."]
 
 
 # --- alt texts
