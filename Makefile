@@ -21,7 +21,7 @@ LATEST_VENV ?= .venv-latest
 LATEST_BIN := $(LATEST_VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-browser test-vllm test-floors test-latest test-colab bench export readme lab clean
+.PHONY: help env demo test test-browser test-vllm test-floors test-latest test-colab bench export readme docs lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -99,6 +99,9 @@ export: env ## clean the notebooks and write the modules from them
 
 readme: env ## write README.md from nbs/index.ipynb
 	$(BIN)/python .ci/readme.py
+
+docs: env ## the site in _docs; rendered by Quarto (https://quarto.org), which must be on the PATH
+	$(BIN)/python .ci/docs.py
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

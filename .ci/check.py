@@ -1,4 +1,4 @@
-"Fail, and say what to run, where notebooks, modules, README.md or _quarto.yml are out of step."
+"Fail, and say what to mend, where notebooks, modules, README.md, _quarto.yml, links or alt texts are out of step."
 import contextlib
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pages
 import readme
 
 root = Path(__file__).resolve().parents[1]
@@ -96,7 +97,7 @@ def main():
             shutil.copy(root / name, copy / name)
         shutil.copytree(root / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*"))
         with contextlib.chdir(copy):  # nbdev finds its settings from the working directory
-            faults = [*check_outputs(), *check_clean(copy), *check_modules(copy), *check_readme(), *check_quarto()]
+            faults = [*check_outputs(), *check_clean(copy), *check_modules(copy), *check_readme(), *check_quarto(), *pages.faults(root)]
     for fault in faults:
         print(fault, file=sys.stderr)
     if not faults:
