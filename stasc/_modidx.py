@@ -360,7 +360,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                             'stasc.loop._n_done': ('loop.html#_n_done', 'stasc/loop.py'),
                             'stasc.loop._pairs': ('loop.html#_pairs', 'stasc/loop.py'),
                             'stasc.loop._parts': ('loop.html#_parts', 'stasc/loop.py'),
-                            'stasc.loop._png': ('loop.html#_png', 'stasc/loop.py'),
                             'stasc.loop._prompter_': ('loop.html#_prompter_', 'stasc/loop.py'),
                             'stasc.loop._prompts_': ('loop.html#_prompts_', 'stasc/loop.py'),
                             'stasc.loop._prune': ('loop.html#_prune', 'stasc/loop.py'),

@@ -6,7 +6,7 @@
 __all__ = ['split_metrics', 'Iteration', 'Progress', 'STaSC', 'default_out']
 
 # %% ../nbs/09_loop.ipynb #c5829c36
-import base64, contextlib, ctypes, dataclasses, hashlib, html, io, json, os, queue, sys, threading, time, warnings, _thread
+import contextlib, ctypes, dataclasses, hashlib, html, json, os, queue, sys, threading, time, warnings, _thread
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
@@ -671,13 +671,8 @@ def _curves(self):          # matplotlib Figure
     plt.close(fig)                                                  # shown once: as the value of the cell
     fig.alt = f"Mean reward by iteration, {self.cfg.variant} on {Path(self.cfg.model).name}, seed {self.cfg.seed}: " + ", ".join(
         f"{label.replace('$', '')} {m[column].iloc[0]:.3f} to {m[column].iloc[-1]:.3f}" for column, label, *_ in _CURVES if column in m and len(m)) + "."
-    fig._repr_mimebundle_ = lambda **_: ({"image/png": _png(fig), "text/plain": fig.alt}, {"image/png": dict(alt=fig.alt)})
+    fig._repr_mimebundle_ = lambda **_: ({"text/plain": fig.alt}, {"image/png": dict(alt=fig.alt)})      # beside the picture, which matplotlib gives
     return fig
-
-def _png(fig):
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=100)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 STaSC.curves = _curves
 
