@@ -105,6 +105,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                             'stasc.core.read_mapping': ('core.html#read_mapping', 'stasc/core.py'),
                             'stasc.core.unknown': ('core.html#unknown', 'stasc/core.py'),
                             'stasc.core.visible': ('core.html#visible', 'stasc/core.py'),
+                            'stasc.core.warn': ('core.html#warn', 'stasc/core.py'),
                             'stasc.core.whole_characters': ('core.html#whole_characters', 'stasc/core.py'),
                             'stasc.core.with_comments': ('core.html#with_comments', 'stasc/core.py')},
             'stasc.data': { 'stasc.data.Data': ('data.html#data', 'stasc/data.py'),
