@@ -113,6 +113,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                             'stasc.core._from_file': ('core.html#_from_file', 'stasc/core.py'),
                             'stasc.core._init': ('core.html#_init', 'stasc/core.py'),
                             'stasc.core._once': ('core.html#_once', 'stasc/core.py'),
+                            'stasc.core._own': ('core.html#_own', 'stasc/core.py'),
                             'stasc.core._own_lines': ('core.html#_own_lines', 'stasc/core.py'),
                             'stasc.core._paper': ('core.html#_paper', 'stasc/core.py'),
                             'stasc.core._place': ('core.html#_place', 'stasc/core.py'),

@@ -279,7 +279,7 @@ def main(argv: list[str]|None = None) -> int:       # exit code
             args.do(args)
     except (StascError, OSError) as e:
         hint = ", or on the command line with --import FILE.py, a file that registers it" if "register your own with @register" in str(e) else ""
-        print(_sentence(f"{e}{hint}"), end="", file=sys.stderr); return 2
+        print(_sentence(type(e)(f"{e}{hint}") if hint else e), end="", file=sys.stderr); return 2
     except RuntimeError as e:
         if type(e).__name__ != "OutOfMemoryError": raise
         print("stasc: the GPU's memory is full; lower --sample-batch, or --train-batch with a higher --grad-accumulation, and resume the run", file=sys.stderr); return 2

@@ -367,15 +367,17 @@ def whole_characters(text: str) -> str:
     except UnicodeEncodeError: return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 # %% ../nbs/00_core.ipynb #015c832c
+def _own(frame) -> bool:
+    "Is this code neither the package's nor a library's?"
+    top = frame.f_globals.get("__name__", "").partition(".")[0]
+    return top != "stasc" and top not in sys.stdlib_module_names and not re.search(r"[\\/](site|dist)-packages[\\/]", frame.f_code.co_filename)
+
 def _own_lines(e) -> list[str]:
     "The lines of an error, and of what caused it, that are neither this package's nor a library's."
-    def own(frame):
-        top = frame.f_globals.get("__name__", "").partition(".")[0]
-        return top != "stasc" and top not in sys.stdlib_module_names and not re.search(r"[\\/](site|dist)-packages[\\/]", frame.f_code.co_filename)
     frames, seen = [], set()
     while e is not None and id(e) not in seen:
         seen.add(id(e))
-        frames += [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(e.__traceback__) if own(f)]
+        frames += [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(e.__traceback__) if _own(f)]
         e = e.__cause__
     return [f"{_place(name)}, line {line}\n----> {line} {linecache.getline(name, line).strip()}" for name, line in list(dict.fromkeys(frames))[-4:]]
 
@@ -401,9 +403,9 @@ StascError._render_traceback_ = _render_traceback_
 def warn(message: str, category=UserWarning):
     "Warn, and name the user's own line."
     frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "stasc": frame = frame.f_back
+    while frame.f_back and not _own(frame): frame = frame.f_back
     name = frame.f_code.co_filename
-    name = name if os.path.exists(name) and "ipykernel_" not in name else _place(name)
+    name = name if _own(frame) and os.path.exists(name) and "ipykernel_" not in name else _place(name)
     warnings.warn_explicit(message, category, name, frame.f_lineno, frame.f_globals.get("__name__", "stasc"), frame.f_globals.setdefault("__warningregistry__", {}))
 
 # %% ../nbs/00_core.ipynb #acebcf0a
