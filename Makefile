@@ -21,7 +21,7 @@ LATEST_VENV ?= .venv-latest
 LATEST_BIN := $(LATEST_VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-browser test-vllm test-floors test-latest test-colab bench export readme docs lab clean
+.PHONY: help env demo test test-browser test-vllm test-floors test-latest test-colab test-ray bench export readme docs lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -87,6 +87,10 @@ $(COLAB_STAMP): constraints-colab.txt
 test-colab: export OMP_NUM_THREADS = 1
 test-colab: $(COLAB_STAMP) ## the Colab notebook with Colab's versions: it installs stasc itself, and changes none of torch, numpy, ... (gigabytes)
 	$(COLAB_BIN)/python bench/colab.py
+
+test-ray: env ## sweeps and runs on a Ray cluster of two nodes (installs the extra ray into .venv)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	OMP_NUM_THREADS=1 RAY_raylet_start_wait_time_s=120 $(BIN)/python -m pytest tests/test_cluster.py
 
 bench: export HF_HUB_OFFLINE = 1
 bench: env ## sampling, fine-tuning, plan and loop against what one would use otherwise: tables in bench/results (half an hour)
