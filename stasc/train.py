@@ -225,9 +225,10 @@ def _sharing(kind, lm, args):
 # %% ../nbs/07_train.ipynb #498471e8
 def _shard_on_cpu(trainer):
     "FSDP2 on CPUs."
+    from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-    state = trainer.accelerator.state
-    state.distributed_type, state.fsdp_plugin, trainer.is_fsdp_enabled = DistributedType.FSDP, FullyShardedDataParallelPlugin(), True
+    trainer.accelerator.state.fsdp_plugin, trainer.is_fsdp_enabled = FullyShardedDataParallelPlugin(), True
+    for state in (PartialState(), trainer.accelerator.state): state.distributed_type = DistributedType.FSDP
 
 def _put_together(lm, trainer):
     "Make the sharded model whole again, in the first process."
