@@ -330,6 +330,7 @@ class Engine:
         if sharded() and cfg.finetune != "full":
             raise ConfigError(f"finetune = {cfg.finetune!r}: FSDP is for full fine-tuning; an adapter is small, so launch without --use_fsdp, and each GPU keeps the base whole")
         self.lm, self.cfg, self.short_of_memory = LM(cfg), cfg, False
+        if sharded() and self.lm.device == "cpu" and os.environ.get("FSDP_VERSION") != "2": raise ConfigError("accelerate has no FSDP 1 for CPUs; launch with --fsdp_version 2")
         self.sampler = dict(hf=HFSampler, vllm=VLLMSampler)[cfg.sampler](self.lm, cfg.sample_batch)
         self.use, self.sample = self.sampler.use, self.sampler.sample
         self.tokenizer, self.context_length = self.lm.tokenizer, self.lm.context_length
