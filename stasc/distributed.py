@@ -10,7 +10,7 @@ import contextlib, json, os, subprocess, sys, tempfile, warnings
 from datetime import timedelta
 from pathlib import Path
 from .core import Config, ConfigError, TrainError
-from .train import Engine, _train, rank, sharded, world
+from .train import Engine, _LOST, _is_about_others, _train, rank, sharded, world
 
 # %% ../nbs/07d_distributed.ipynb #da18b62a
 _calls = None       # the group over which is told what to do; None outside of a team
@@ -18,7 +18,10 @@ _calls = None       # the group over which is told what to do; None outside of a
 def _tell(call):
     import torch.distributed as dist
     box = [call]
-    dist.broadcast_object_list(box, src=0, group=_calls)
+    try: dist.broadcast_object_list(box, src=0, group=_calls)
+    except RuntimeError as e:
+        if _is_about_others(e): raise TrainError(_LOST) from e
+        raise
     return box[0]
 
 def _train_together(self, examples, start, out, cfg, seed):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ torch = pytest.importorskip("torch")
 root = Path(__file__).resolve().parents[1]
 tiny = dict(device="cpu", train_batch=4, epochs=2)
 PLAIN = {"adapter": dict(), "accumulated": dict(grad_accumulation=3), "own loss": dict(lora_alpha=33), "own means": dict(lora_alpha=34)}
+if find_spec("bitsandbytes"): PLAIN["quantised"] = dict(finetune="qlora")
 SHARDED = {"full": dict(finetune="full")}
 RUN = ["--device", "cpu", "--n-train", "16", "--n-test", "4", "--iterations", "1", "--epochs", "2"]
 
