@@ -291,5 +291,7 @@ def main(argv: list[str]|None = None) -> int:       # exit code
     except RuntimeError as e:
         if type(e).__name__ != "OutOfMemoryError": raise
         _complain("stasc: the GPU's memory is full; lower --sample-batch, or --train-batch with a higher --grad-accumulation, and resume the run\n"); return 2
-    except KeyboardInterrupt as e: _complain(f"stasc: stopped{f'; {e}' if str(e) else ''}\n"); return 130
+    except KeyboardInterrupt as e:
+        if not _follows(): print(f"stasc: stopped{f'; {e}' if str(e) else ''}", file=sys.stderr)
+        return 130
     return 0
