@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/15_cli.ipynb #59577093
-import argparse, difflib, importlib.util, os, re, sys, warnings
+import argparse, contextlib, difflib, importlib.util, os, re, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 from . import __version__
@@ -263,25 +263,56 @@ def _more(command, p):
     _add_import(c); _add_options(c, PERMISSIONS)
     return p
 
+# %% ../nbs/15_cli.ipynb #c387012b
+def _several(): return int(os.environ.get("WORLD_SIZE", 1)) > 1
+def _follows(): return _several() and int(os.environ.get("RANK", 0)) > 0
+
+def _do(args):
+    "Do what was asked; where several processes were started, the first does it and the others join in."
+    if not _several(): return args.do(args)
+    if args.do not in (_run, _demo, _resume):
+        if not _follows(): raise ConfigError("several processes are for run, demo and resume, whose fine-tuning they share; leave accelerate launch away")
+        return
+    from stasc.distributed import team
+    with team() as leads:
+        if leads: args.do(args)
+
+def _complain(text):
+    "Say it once, however many processes meet it."
+    if _several():
+        from stasc.distributed import speaks
+        if not speaks(): return
+    print(text, end="", file=sys.stderr, flush=True)
+
+def _parsed(argv):
+    "Options, or None where there is no command; of several processes the first says what is wrong with them."
+    parser = _parser()
+    with contextlib.ExitStack() as quiet:
+        if _follows(): quiet.enter_context(contextlib.redirect_stdout(None)); quiet.enter_context(contextlib.redirect_stderr(None))
+        args = parser.parse_args(argv)
+        if args.do is None: parser.print_help(); return None
+        return args
+
 # %% ../nbs/15_cli.ipynb #b62017fa
 def main(argv: list[str]|None = None) -> int:       # exit code
     "The command `stasc`."
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")         # a terminal without some letters, a file name without an encoding
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.do is None: parser.print_help(); return 0
+    args = _parsed(argv)
+    if args is None: return 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)          # between libraries, not the user's
             warnings.showwarning = lambda message, *_, **__: print(_sentence(f"note: {message}"), end="", file=sys.stderr)
             _import(getattr(args, "files", None))
-            args.do(args)
+            _do(args)
     except (StascError, OSError) as e:
         hint = ", or on the command line with --import FILE.py, a file that registers it" if "register your own with @register" in str(e) else ""
-        print(_sentence(type(e)(f"{e}{hint}") if hint else e), end="", file=sys.stderr); return 2
+        _complain(_sentence(type(e)(f"{e}{hint}") if hint else e)); return 2
     except RuntimeError as e:
         if type(e).__name__ != "OutOfMemoryError": raise
-        print("stasc: the GPU's memory is full; lower --sample-batch, or --train-batch with a higher --grad-accumulation, and resume the run", file=sys.stderr); return 2
-    except KeyboardInterrupt as e: print(f"stasc: stopped{f'; {e}' if str(e) else ''}", file=sys.stderr); return 130
+        _complain("stasc: the GPU's memory is full; lower --sample-batch, or --train-batch with a higher --grad-accumulation, and resume the run\n"); return 2
+    except KeyboardInterrupt as e:
+        if not _follows(): print(f"stasc: stopped{f'; {e}' if str(e) else ''}", file=sys.stderr)
+        return 130
     return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 from .core import PERMISSIONS, Config, ConfigError, DataError, Question, RewardError, StoreError, Variant, _shell, derive_seed, visible, warn, whole_characters, with_comments
 from .data import Data, check_leak, load_questions
+from .distributed import Engine
 from .filter import apply_filter, pair
 from .label_free import check_label_free, label_free_reward, majority_answer
 from .prompt import Prompter, PromptSet, _checked, prompts_of
@@ -21,7 +22,7 @@ from .reward import final_answer, judge, reward_name
 from .remote import run_dir
 from .store import _check, part_name, read_json
 from .task import reward_of
-from .train import Engine, Example, ScriptedEngine, reports
+from .train import Example, ScriptedEngine, reports
 
 # %% ../nbs/09_loop.ipynb #4d6c733d
 def split_metrics(init_reward: pd.Series,   # one for each trajectory

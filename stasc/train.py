@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Example', 'collate', 'hidden_states', 'head_logits', 'completion_loss', 'same_loss', 'training_arguments', 'reports',
-           'passes', 'fine_tune', 'Engine', 'ScriptedEngine']
+           'passes', 'world', 'rank', 'sharded', 'share', 'fine_tune', 'Engine', 'ScriptedEngine']
 
 # %% ../nbs/07_train.ipynb #7ac6fa50
 import contextlib, gc, logging, math, os, random, sys, tempfile, time, warnings
@@ -150,6 +150,94 @@ def passes(rows: list[Example],     # of one optimiser step
     if len(rows) > batch: rows = sorted(rows, key=_length)
     return [rows[i:i + batch] for i in range(0, len(rows), batch)]
 
+# %% ../nbs/07_train.ipynb #7325f9ca
+def world() -> int:
+    "How many processes fine-tune together."
+    d = sys.modules.get("torch.distributed")
+    return d.get_world_size() if d and d.is_available() and d.is_initialized() else 1
+
+def rank() -> int:
+    "Which of them this one is; 0 leads."
+    return sys.modules["torch.distributed"].get_rank() if world() > 1 else 0
+
+def sharded() -> bool:
+    "Was FSDP asked for?"
+    return world() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+def _of_the_first(value):
+    "What the first process found."
+    if world() == 1: return value
+    from accelerate.utils import broadcast_object_list
+    return broadcast_object_list([value])[0]
+
+# %% ../nbs/07_train.ipynb #624b880e
+def share(rows: list[Example],      # of a forward pass
+          i: int, n: int,           # process i of n
+         ) -> tuple[list[Example], float]:
+    "The rows that a process takes, and whether they count."
+    mine = rows[i::n]
+    return (mine, 1.) if mine else (rows[:1], 0.)
+
+# %% ../nbs/07_train.ipynb #2760a480
+def _learner(lm):
+    "The model with its loss, as one module that can be wrapped."
+    import inspect, torch
+    class Learner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm, self._no_split_modules = lm.model, sorted(getattr(lm.base, "_no_split_modules", None) or [])
+            takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(lm.base.forward).parameters.values())
+            self.accepts_loss_kwargs = getattr(lm.base, "accepts_loss_kwargs", takes_more)
+        def forward(self, num_items_in_batch=None, **batch):
+            if self.completions_alone: return dict(loss=completion_loss(lm.base, batch, num_items_in_batch))
+            return self.lm(**batch, **{} if num_items_in_batch is None else dict(num_items_in_batch=num_items_in_batch))
+        def tie_weights(self): lm.base.tie_weights()
+    return Learner()
+
+# %% ../nbs/07_train.ipynb #20627700
+def _tokens(parts): return sum(int((collate(p, 0)["labels"][:, 1:] != -100).sum()) for p in parts)
+
+def _sharing(kind, lm, args):
+    "The Trainer of one of several processes."
+    import torch
+    from transformers import Trainer
+    class SharingTrainer(kind):
+        def get_train_dataloader(self):
+            from accelerate.data_loader import prepare_data_loader
+            rows = torch.utils.data.DataLoader(self.train_dataset, batch_size=args.train_batch_size, shuffle=True, collate_fn=list)
+            return prepare_data_loader(rows, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=args.data_seed)
+
+        def batches(self, parts, device):
+            n = torch.tensor(_tokens(parts), device=device) if self.model_accepts_loss_kwargs else None
+            shares = [share(p, rank(), world()) for p in parts]
+            weights = [counts if n is not None else counts * world() * _tokens([mine]) / _tokens([p]) for p, (mine, counts) in zip(parts, shares)]
+            return [collate(mine, lm.pad_id) | dict(weight=w) for (mine, _), w in zip(shares, weights)], n
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            weight = inputs.pop("weight")
+            return Trainer.compute_loss(self, model, inputs, False, num_items_in_batch) * weight
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            if sharded() and not self.is_fsdp_enabled: _shard_on_cpu(self)
+    return SharingTrainer
+
+# %% ../nbs/07_train.ipynb #498471e8
+def _shard_on_cpu(trainer):
+    "FSDP2 on CPUs."
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    trainer.accelerator.state.fsdp_plugin, trainer.is_fsdp_enabled = FullyShardedDataParallelPlugin(), True
+    for state in (PartialState(), trainer.accelerator.state): state.distributed_type = DistributedType.FSDP
+
+def _put_together(lm, trainer):
+    "Make the sharded model whole again, in the first process."
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    lm.model = lm.base = None
+    if rank(): return
+    lm.model = lm.base = lm._load(str(lm.source))
+    lm.base.load_state_dict({k.removeprefix("lm."): v for k, v in weights.items()})
+
 # %% ../nbs/07_train.ipynb #87f40b60
 def _trainer(lm, examples, args):
     "transformers' Trainer with logits for the completions alone, and without the callback that prints every step."
@@ -157,8 +245,11 @@ def _trainer(lm, examples, args):
     class CompletionTrainer(Trainer):
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             drawn, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-            batches = [collate(p, lm.pad_id) for p in passes([e for d in drawn for e in d], args.train_batch_size)]
-            return batches, self._get_num_items_in_batch(batches, device)
+            return self.batches(passes([e for d in drawn for e in d], args.train_batch_size), device)
+
+        def batches(self, parts, device):
+            out = [collate(p, lm.pad_id) for p in parts]
+            return out, self._get_num_items_in_batch(out, device)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             if not self.completions_alone: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -168,11 +259,12 @@ def _trainer(lm, examples, args):
             super().log(logs, *more, **kw)
             if not math.isfinite(logs.get("loss", 0)): raise TrainError(_other_rate(f"the loss is not a number from step {self.state.global_step} on", args))
 
-    trainer = CompletionTrainer(model=lm.model, args=args, train_dataset=list(examples), data_collator=list)
+    kind, model = (CompletionTrainer, lm.model) if world() == 1 else (_sharing(CompletionTrainer, lm, args), _learner(lm))
+    trainer = kind(model=model, args=args, train_dataset=list(examples), data_collator=list)
     trainer.remove_callback(PrinterCallback)
-    with trainer.accelerator.autocast(): trainer.completions_alone = same_loss(lm.base, examples, lm.pad_id, 1e-4 if lm.dtype == "float32" else 2e-3)
+    with trainer.accelerator.autocast(): trainer.completions_alone = model.completions_alone = _of_the_first(same_loss(lm.base, examples, lm.pad_id, 1e-4 if lm.dtype == "float32" else 2e-3))
     if trainer.completions_alone: trainer.model_accepts_loss_kwargs = True      # the loss is divided by num_items_in_batch, and by nothing else
-    else: warnings.warn(f"{type(lm.base).__name__} has a loss of its own: training takes its full logits, and more memory")
+    elif rank() == 0: warnings.warn(f"{type(lm.base).__name__} has a loss of its own: training takes its full logits, and more memory")
     return trainer
 
 def _other_rate(what, args): return f"{what}; lower learning_rate (now {args.learning_rate:g}) or use dtype = 'float32', in another run directory: what this one holds stays as it is"
@@ -202,6 +294,7 @@ def fine_tune(lm,                           # `LM` after `start`
     with tempfile.TemporaryDirectory() as tmp, _own_randomness(), _checkpointing(lm.base, checkpointing), _reporting(log):
         args = training_arguments(cfg, lm.device, lm.dtype, seed, tmp, log)
         args._n_gpu = min(args.n_gpu, 1)                            # one process, one GPU
+        args.ddp_find_unused_parameters = False
         trainer = _trainer(lm, examples, args)
         try: trainer.train()
         finally:                                                    # accelerate's marks on the model: autocast is for training alone, and for each training
@@ -209,10 +302,12 @@ def fine_tune(lm,                           # `LM` after `start`
             lm.model.config.use_cache = True
             lm.model.zero_grad(set_to_none=True)
         losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+        if sharded(): _put_together(lm, trainer)
+    if lm.model is None: return {}                                  # not the first of several, and its weights were a piece
     if not all(p.isfinite().all() for p in lm.model.parameters() if p.requires_grad): raise TrainError(_other_rate("fine-tuning gave weights that are not numbers", args))
     lm.model.eval()
     return dict(steps=len(losses), tokens=sum(len(e.completion_ids) for e in examples), first_loss=losses[0], last_loss=losses[-1],
-                seconds=time.perf_counter() - began)
+                seconds=time.perf_counter() - began, **dict(processes=world()) if world() > 1 else {})
 
 @contextlib.contextmanager
 def _own_randomness():
@@ -232,7 +327,10 @@ class Engine:
         from stasc.model import LM
         if cfg.sampler == "vllm": check_vllm(cfg)                   # before a model is loaded
         reports(cfg)
+        if sharded() and cfg.finetune != "full":
+            raise ConfigError(f"finetune = {cfg.finetune!r}: FSDP is for full fine-tuning; an adapter is small, so launch without --use_fsdp, and each GPU keeps the base whole")
         self.lm, self.cfg, self.short_of_memory = LM(cfg), cfg, False
+        if sharded() and self.lm.device == "cpu" and os.environ.get("FSDP_VERSION") != "2": raise ConfigError("accelerate has no FSDP 1 for CPUs; launch with --fsdp_version 2")
         self.sampler = dict(hf=HFSampler, vllm=VLLMSampler)[cfg.sampler](self.lm, cfg.sample_batch)
         self.use, self.sample = self.sampler.use, self.sampler.sample
         self.tokenizer, self.context_length = self.lm.tokenizer, self.lm.context_length
@@ -244,27 +342,37 @@ class Engine:
 # %% ../nbs/07_train.ipynb #9f932dc8
 def _train(self, examples: list[Example],
            start: Path|None,                # folder to continue from; None starts from M_0
-           out: Path,                       # empty folder for the result
+           out: Path|None,                  # empty folder for the result; None: another process saves
            cfg: Config, seed: int) -> dict:
     "Fine-tune and save."
     import torch
     if self.cfg.sampler == "vllm": self.sampler.rest()
-    report, log = None, _log_folder(out) if reports(cfg) else None
+    report, log = None, _log_folder(out) if out and reports(cfg) else None
     while report is None:
         checkpointing = cfg.gradient_checkpointing == "on" or self.short_of_memory
         self.lm.start(start, seed)
         try: report = fine_tune(self.lm, examples, cfg, seed, checkpointing, log)
         except (RuntimeError, MemoryError) as e:
-            if not memory_ran_out(e): raise
+            if memory_ran_out(e):
+                if world() > 1: raise TrainError(_too_little_memory(cfg)) from None         # the others are in the middle of it
+            elif world() > 1 and _is_about_others(e): raise TrainError(_LOST) from e
+            else: raise
         if report is None:
             gc.collect(); torch.cuda.empty_cache()                  # here, where the error holds the activations no longer
             if checkpointing or cfg.gradient_checkpointing == "off": raise TrainError(_too_little_memory(cfg))
             self.short_of_memory = True
-    self.lm.save(out)
+    if out: self.lm.save(out)
     return report
+
+_LOST = "another of the processes that fine-tune together has ended, so this one ends too; what was stored stays: resume the run"
+
+def _is_about_others(e):
+    import torch
+    return isinstance(e, torch.distributed.DistError) or any(w in str(e) for w in ("gloo", "NCCL", "by peer"))
 
 def _too_little_memory(cfg):
     mend = "resume with gradient_checkpointing = 'auto'" if cfg.gradient_checkpointing == "off" else "free memory and resume"
+    if world() > 1 and cfg.gradient_checkpointing == "auto": mend = "resume with gradient_checkpointing = 'on'"
     return (f"memory does not suffice to fine-tune on {cfg.train_batch} corrections at once; {mend}, or begin in another run directory with a smaller train_batch "
             f"(now {cfg.train_batch}) and as much larger a grad_accumulation (now {cfg.grad_accumulation})")
 
