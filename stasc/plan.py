@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GB', 'GPUS', 'Shape', 'linears', 'parameters', 'adapter_parameters', 'shape_of', 'weight_bytes', 'activation_bytes',
            'logit_bytes', 'training_bytes', 'sampling_bytes', 'cache_bytes', 'GPU', 'Choice', 'choose', 'Assumed',
-           'texts_of', 'disk_bytes', 'Plan', 'plan', 'fitted', 'Preflight', 'preflight']
+           'texts_of', 'disk_bytes', 'Plan', 'plan', 'Scaling', 'scaling', 'fitted', 'Preflight', 'preflight']
 
 # %% ../nbs/07b_plan.ipynb #f43c6140
 import dataclasses, html, json, logging, math, shutil
@@ -174,12 +174,14 @@ def _halves(n): return [n] + (_halves(n // 2) if n > 1 and n % 2 == 0 else [1] i
 # %% ../nbs/07b_plan.ipynb #c51de65d
 def choose(s: Shape, gpu: GPU, finetune: str,
            cfg: Config,                 # rank, batch, longest text
-           prompt: int) -> Choice:      # tokens of a correction prompt
+           prompt: int,                 # tokens of a correction prompt
+           processes: int = 1) -> Choice:   # over which FSDP spreads a full fine-tuning
     "Batches with which a run fits on a card, or the smallest where none does."
     room, dtype, longest = gpu.memory * GB * _USABLE, choose_dtype(cfg.dtype, "cuda", gpu.capability), cfg.max_new_tokens
     half = dtype != "float32"
     rows = [(c, b) for c in dict(auto=(False, True), on=(True,), off=(False,))[cfg.gradient_checkpointing] for b in _halves(cfg.train_batch)]
-    train = {k: training_bytes(s, finetune, cfg.lora_r, k[1], prompt, longest, half, k[0]) for k in rows}
+    spread = {k: processes for k in ("weights", "gradients", "optimiser")} if finetune == "full" else {}
+    train = {k: {part: b / spread.get(part, 1) for part, b in training_bytes(s, finetune, cfg.lora_r, k[1], prompt, longest, half, k[0]).items()} for k in rows}
     key = next((k for k in rows if sum(train[k].values()) <= room), rows[-1])
     sample = {b: sampling_bytes(s, finetune, cfg.lora_r, b, prompt + longest, half) for b in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)}
     b = next((b for b in sample if sum(sample[b].values()) <= room), 1)
@@ -195,6 +197,9 @@ class Assumed:
     layer_ms: float = .7        # milliseconds a layer takes in a decoding step however small it is: launching kernels from Python
     kept: float = .1            # share of the training corrections that the filter keeps
     length: float = .5          # mean length of a text, as a share of max_new_tokens
+    filter_us: float = 10       # microseconds a trajectory takes in filter and measures: 8 + 2 s for a million on one core (bench/results/long_million.md)
+    publish_ms: float = 10      # milliseconds until the line of a part stands in the manifest
+    load: float = 60            # seconds until the engines stand, once in a run
 
 def texts_of(cfg: Config) -> dict:      # how many prompts and texts in one iteration, and how often
     "What is drawn: initial answers and corrections, on both splits."
@@ -206,16 +211,16 @@ def texts_of(cfg: Config) -> dict:      # how many prompts and texts in one iter
 
 # %% ../nbs/07b_plan.ipynb #54f275ac
 def _sampling_seconds(s, g, finetune, c, texts, a, first, prompt, new):
-    "Prefill and decoding of everything that is drawn in a run."
+    "Prefill and decoding of everything that is drawn in a run, by phase."
     p, rate, read, half = parameters(s), g.matrix * 1e12 * a.matrix, g.bandwidth * GB * a.bandwidth, c.dtype != "float32"
     weights = weight_bytes(s, finetune, half) + (4 * p["linear"] if finetune == "qlora" else 0)     # written out in half precision and read again
-    total = 0
+    out = {}
     for phase, (prompts, drawn, times) in texts.items():
         length = prompt if phase.startswith("corr") else first
         rows = min(c.sample_batch, drawn)
         step = max((weights + rows * (length + new) * cache_bytes(s, half)) / read, 2 * rows * sum(p.values()) / rate) + s.layers * a.layer_ms / 1000
-        total += times * (2 * p["linear"] * prompts * length / rate + math.ceil(drawn * new / rows) * step)
-    return total
+        out[phase] = times * (2 * p["linear"] * prompts * length / rate + math.ceil(drawn * new / rows) * step)
+    return out
 
 def _training_seconds(s, g, finetune, c, examples, a, prompt, new):
     "Forward, backward and, with checkpointing, forward once more, for so many examples."
@@ -263,11 +268,14 @@ def _lengths(cfg, prompt, first, a):
 # %% ../nbs/07b_plan.ipynb #5185fe3c
 def _row(s, cfg, g, finetune, prompt, first, new, a) -> dict:
     c, texts = choose(s, g, finetune, cfg, prompt), texts_of(cfg)
-    examples = cfg.iterations * cfg.epochs * a.kept * texts["corrections.train"][1] * (cfg.n_init if cfg.pairing == "crossed" else 1)
-    seconds = _sampling_seconds(s, g, finetune, c, texts, a, first, prompt, new) + _training_seconds(s, g, finetune, c, examples, a, prompt, new)
+    seconds = sum(_sampling_seconds(s, g, finetune, c, texts, a, first, prompt, new).values()) + _training_seconds(s, g, finetune, c, _learned(cfg, a), a, prompt, new)
     how = f"batch {c.train_batch}" + (f" x {c.grad_accumulation}" if c.grad_accumulation > 1 else "") + (", checkpointing" if c.checkpointing else "")
     return dict(gpu=g.name, finetune=finetune, fits=c.fits, peak=c.peak / GB, dtype=c.dtype, training=how if c.fits else "", sampling=f"batch {c.sample_batch}" if c.fits else "",
                 hours=seconds / 3600 if c.fits else None, choice=c)
+
+def _learned(cfg, a) -> float:
+    "Examples that are trained on in a run, counted once for each epoch."
+    return cfg.iterations * cfg.epochs * a.kept * texts_of(cfg)["corrections.train"][1] * (cfg.n_init if cfg.pairing == "crossed" else 1)
 
 def _notes(s, cfg, rows, prompt, first, new, a):
     "The plan in sentences."
@@ -288,22 +296,187 @@ def _cells(self):
     shown = lambda r: dict(r, fits="yes" if r["fits"] else "no", peak=f"{r['peak']:.1f} GB, {r['dtype']}", hours="" if r["hours"] is None else f"{r['hours']:.1f}")
     return [list(_COLUMNS.values())] + [[str(shown(r)[k]) for k in _COLUMNS] for r in self.rows]
 
-def _repr(self):
-    cells = self.cells()
+def _as_text(cells, first, *rest):
     width = [max(map(len, column)) for column in zip(*cells)]
     table = "\n".join("  ".join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in cells)
-    return "\n".join([self.notes[0], "", table, "", *self.notes[1:], self.disk_line()])
+    return "\n".join([first, "", table, "", *rest])
 
-def _repr_html(self):
+def _as_html(cells, first, *rest):
     row = lambda tag, r: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in r) + "</tr>"
-    head, *body = self.cells()
+    head, *body = cells
     said = lambda texts: "".join(f"<p>{html.escape(t)}</p>" for t in texts)
-    return said(self.notes[:1]) + f"<table>{row('th', head)}{''.join(row('td', r) for r in body)}</table>" + said([*self.notes[1:], self.disk_line()])
+    return said([first]) + f"<table>{row('th', head)}{''.join(row('td', r) for r in body)}</table>" + said(rest)
+
+def _repr(self): return _as_text(self.cells(), *self.notes, self.disk_line())
+def _repr_html(self): return _as_html(self.cells(), *self.notes, self.disk_line())
 
 def _disk_line(self): return f"Disk: {sum(self.disk.values()) / GB:.2f} GB ({', '.join(f'{k} {v / GB:.2f}' for k, v in self.disk.items())})."
 
 Plan.cells, Plan.__repr__, Plan._repr_html_, Plan.disk_line = _cells, _repr, _repr_html, _disk_line
 Config.plan = plan
+
+# %% ../nbs/07b_plan.ipynb #5bcb4759
+def _drawn_share(questions: int, size: int,     # of a phase, and of a part
+                 engines: int) -> float:        # time, as a share of that of one engine
+    "Each engine draws one part at a time; the last part may be short."
+    parts = -(-questions // size)
+    rounds = -(-parts // engines)
+    alone = parts - (rounds - 1) * engines == 1                     # in the last round, the last part
+    return ((rounds - 1) * size + (questions - (parts - 1) * size if alone else size)) / questions
+
+def _learned_share(cfg, processes) -> float:
+    "Rows that the busiest process takes of an optimiser step."
+    rows = cfg.train_batch * cfg.grad_accumulation
+    return math.ceil(rows / processes) / rows
+
+# %% ../nbs/07b_plan.ipynb #83787095
+_AS_MEASURED = ("model", "finetune", "sampler", "max_new_tokens", "epochs", "pairing", "filter_name", "label_free")
+_PHASES = ("initial.train", "initial.test", "corrections.train", "corrections.test")        # what is drawn
+
+def _planned(cfg, s, g, c, prompt, first, new, a) -> dict:
+    "Seconds on one GPU, by phase."
+    texts, size = texts_of(cfg), cfg.part_size
+    drawn = sum(n * times for phase, (_, n, times) in texts.items() if phase.startswith("corr"))
+    parts = sum(times * -(-getattr(cfg, f"n_{phase.split('.')[1]}") // size) for phase, (*_, times) in texts.items())
+    return _sampling_seconds(s, g, cfg.finetune, c, texts, a, first, prompt, new) | {"train": _training_seconds(s, g, cfg.finetune, c, _learned(cfg, a), a, prompt, new),
+            "filter and measures": drawn * a.filter_us / 1e6, "manifest": parts * a.publish_ms / 1e3, "load": a.load}
+
+def _measured(cfg, run) -> dict:
+    "Seconds by phase, in proportion to those of a run."
+    if differ := [k for k in _AS_MEASURED if getattr(cfg, k) != getattr(run.cfg, k)]:
+        raise ConfigError(f"measured: {differ[0]} is {getattr(run.cfg, differ[0])!r} there and {getattr(cfg, differ[0])!r} here; measure a run that differs in its numbers alone")
+    if run.n_done < 2: raise ConfigError(f"measured: {run.dir.where} has not finished M_1, and what fine-tuning takes is not known yet")
+    log = run.dir/"log.jsonl"
+    if log.exists() and any(e.get("engines", 1) > 1 or e.get("processes", 1) > 1 for e in _log_lines(log)):
+        raise ConfigError(f"measured: {run.dir.where} was made by several engines or processes; measure a run of one")
+    t = run.timing()
+    t = t[t.index.get_level_values("iteration") < run.n_done].groupby("phase").sum().rename({"transfer.test": "initial.test"}).groupby("phase").sum()
+    if lacking := [k for k in (*_PHASES, "train", "metrics") if k not in t.index]: raise ConfigError(f"measured: {log} has no times for {', '.join(lacking)}")
+    return _in_proportion(cfg, run.cfg.replace(iterations=run.n_done - 1), t)
+
+# %% ../nbs/07b_plan.ipynb #30295dd2
+def _log_lines(file):
+    "What the lines of a log hold, as far as they can be read."
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try: e = json.loads(line)
+        except (ValueError, RecursionError): continue
+        if isinstance(e, dict): yield e
+
+def _in_proportion(cfg, there, t) -> dict:
+    "Seconds of a run, given those of another by phase."
+    count = lambda c, phase: texts_of(c)[phase][1] * texts_of(c)[phase][2]
+    learned = lambda c: c.iterations * texts_of(c)["corrections.train"][1] * (c.n_init if c.pairing == "crossed" else 1)
+    all_of = lambda c: sum(count(c, f"corrections.{s}") for s in ("train", "test"))
+    more = learned(cfg) / learned(there)
+    out = {phase: float(t.seconds[phase]) * count(cfg, phase) / count(there, phase) for phase in _PHASES}
+    return out | {"train": float(t.model_seconds["train"]) * more, "filter and measures": float(t.other_seconds["train"]) * more + float(t.seconds["metrics"]) * all_of(cfg) / all_of(there),
+                  "load": float(t.seconds.get("load", 0))}
+
+# %% ../nbs/07b_plan.ipynb #baec9aad
+_BY = dict(ray=(True, False), accelerate=(False, True), both=(True, True))      # does it share drawing, and fine-tuning?
+
+@dataclass(frozen=True)
+class Scaling:
+    "What more GPUs bring to a run."
+    rows: list      # one dict for each number of GPUs
+    single: dict    # seconds by phase on one GPU
+    worth: int      # GPUs from which on doubling saves less than a fifth of the time
+    limit: float    # hours, with any number of GPUs
+    notes: list     # sentences
+
+def _hours_on(cfg, seconds, by, n, train=None) -> dict:
+    "Hours with n GPUs: drawing, fine-tuning, the rest."
+    draws, learns = _BY[by]
+    share = lambda phase: _drawn_share(getattr(cfg, f"n_{phase.split('.')[1]}"), cfg.part_size, n) if draws else 1
+    drawing = sum(seconds[p] * share(p) for p in _PHASES)
+    train = train or seconds["train"] * (_learned_share(cfg, n) if learns else 1)
+    out = dict(drawing=drawing / 3600, training=train / 3600, rest=sum(v for k, v in seconds.items() if k not in (*_PHASES, "train")) / 3600)
+    return out | dict(hours=sum(out.values()))
+
+# %% ../nbs/07b_plan.ipynb #1b4718b4
+def scaling(cfg: Config,
+            gpu: str = "A100 40GB",             # a known card
+            gpus=(1, 2, 4, 8, 16, 32),          # numbers of them
+            by: str = "ray",                    # who shares the work: ray, accelerate, both
+            measured=None,                      # a run (`STaSC`) whose times are taken instead of the card's
+            price: float|None = None,           # of one GPU for one hour
+            prompt: int|None = None, first: int|None = None,        # tokens, as for `plan`
+            assumed: Assumed = Assumed()) -> Scaling:
+    "Time, memory and cost of a run on several GPUs, and how many are worth it."
+    if gpu not in GPUS: raise ConfigError(unknown("gpu", gpu, GPUS))
+    if by not in _BY: raise ConfigError(unknown("by", by, _BY))
+    if not (gpus := list(gpus)) or not all(type(n) is int and n >= 1 for n in gpus): raise ConfigError(f"gpus = {gpus!r}: expected whole numbers of at least 1")
+    s, g, (prompt, first, new) = shape_of(cfg.model), GPUS[gpu], _lengths(cfg, prompt, first, assumed)
+    on = lambda n: choose(s, g, cfg.finetune, cfg, prompt, n if _BY[by][1] else 1)
+    seconds = _measured(cfg, measured) if measured is not None else _planned(cfg, s, g, on(1), prompt, first, new, assumed)
+    def row(n):
+        c, rows = on(n), math.ceil(cfg.train_batch * cfg.grad_accumulation / n)
+        if measured is not None: return dict(gpus=n, fits=True) | _hours_on(cfg, seconds, by, n)
+        if not c.fits: return dict(gpus=n, fits=False, peak=c.peak / GB, hours=None)
+        mine = dataclasses.replace(c, train_batch=min(c.train_batch, rows)) if _BY[by][1] else c
+        train = _training_seconds(s, g, cfg.finetune, mine, _learned(cfg, assumed) * (_learned_share(cfg, n) if _BY[by][1] else 1), assumed, prompt, new)
+        return dict(gpus=n, fits=True, peak=c.peak / GB) | _hours_on(cfg, seconds, by, n, train)
+    return _scaled(cfg, gpu, gpus, by, measured, price, row, seconds, assumed)
+
+Config.scaling = scaling
+
+# %% ../nbs/07b_plan.ipynb #627bade7
+def _scaled(cfg, gpu, gpus, by, measured, price, row, seconds, a) -> Scaling:
+    "Compare what was reckoned for each number of GPUs."
+    least = next((n for n in (2**i for i in range(12)) if row(n)["fits"]), None)
+    if least is None: raise ConfigError(f"{Path(cfg.model).name} with finetune = {cfg.finetune!r} does not fit on the {gpu}, however many there are; take qlora, a smaller model or a larger card")
+    worth, base = least, row(least)["hours"] * least
+    while row(2 * worth)["hours"] <= .8 * row(worth)["hours"]: worth *= 2
+    rows = [row(n) for n in sorted(set(gpus))]
+    for r in rows:
+        if r["fits"]: r.update(speedup=base / r["hours"], efficiency=base / r["hours"] / r["gpus"], gpu_hours=r["gpus"] * r["hours"])
+        if r["fits"] and price is not None: r.update(cost=price * r["gpu_hours"])
+    most = row(2**40)
+    return Scaling(rows, seconds, worth, most["hours"], _scaling_notes(cfg, gpu, by, measured, least, worth, most, a))
+
+def _scaling_notes(cfg, gpu, by, measured, least, worth, most, a):
+    draws, learns = _BY[by]
+    parts = {s: -(-getattr(cfg, f"n_{s}") // cfg.part_size) for s in ("train", "test")}
+    said = [f"{Path(cfg.model).name}, {cfg.variant}, {cfg.iterations} iterations, {cfg.n_train:,} training questions, {'as measured' if measured is not None else f'on the {gpu}'}; "
+            f"texts drawn by {'all GPUs' if draws else 'one GPU'}, fine-tuning on {'all' if learns else 'one'}.",
+            f"From {worth} GPU{'s' * (worth > 1)} on, doubling saves less than a fifth of the time. With any number it takes {most['hours']:.3g} hours: "
+            f"{most['drawing']:.3g} drawing, {most['training']:.3g} fine-tuning, {most['rest']:.3g} filter, measures, manifest and loading."]
+    if least > 1: said.append(f"It takes {least} of them to fit; the speed-up is counted from there.")
+    if draws: said.append(f"A phase has {parts['train']:,} parts of {cfg.part_size} training questions, or {parts['test']:,} of held-out ones: engines beyond that stand idle, and a smaller part_size makes more parts.")
+    if learns: said.append(f"An optimiser step has {cfg.train_batch * cfg.grad_accumulation} rows to share; what the GPUs tell each other is not counted.")
+    if measured is not None: said.append(f"In proportion to a run with {measured.cfg.n_train:,} training questions, as long as one GPU here is as fast as what that run was measured on.")
+    else: said.append(f"Planned, not measured on a GPU: the plan's assumptions, {a.filter_us:g} microseconds a trajectory for filter and measures, {a.publish_ms:g} ms a part for the manifest, {a.load:g} s to load.")
+    return said
+
+# %% ../nbs/07b_plan.ipynb #a3048ed9
+_SCALING = dict(gpus="GPUs", peak="memory of each", drawing="drawing", training="fine-tuning", rest="the rest", hours="hours", speedup="speed-up", efficiency="efficiency", gpu_hours="GPU-hours", cost="cost")
+
+def _scaling_cells(self):
+    "Rows of text, the head first."
+    form = dict(gpus="{:,}", peak="{:.1f} GB", drawing="{:.3g}", training="{:.3g}", rest="{:.3g}", hours="{:.3g}", speedup="{:.2f}", efficiency="{:.0%}", gpu_hours="{:.4g}", cost="{:,.2f}")
+    there = [k for k in _SCALING if any(k in r for r in self.rows)]
+    said = lambda r, k: "does not fit" if k == "hours" and r[k] is None else form[k].format(r[k]) if k in r else ""
+    return [[_SCALING[k] for k in there]] + [[said(r, k) for k in there] for r in self.rows]
+
+def _scaling_figure(self):          # matplotlib Figure
+    "Hours by what takes them, for each number of GPUs."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    rows, bottom = [r for r in self.rows if r["fits"]], 0
+    names, at = [f"{r['gpus']:,}" for r in rows], range(len(rows))
+    for k, label, colour in (("rest", "filter, measures, manifest, loading", "#999999"), ("training", "fine-tuning", "#D55E00"), ("drawing", "drawing texts", "#0072B2")):
+        ax.bar(at, [r[k] for r in rows], bottom=bottom, label=label, color=colour)
+        bottom = [b + r[k] for b, r in zip(bottom or [0] * len(rows), rows)]
+    ax.axhline(self.limit, color="black", linewidth=1, linestyle=":")
+    for x, r in zip(at, rows): ax.annotate(f"{r['efficiency']:.0%}", (x, r["hours"]), ha="center", va="bottom", fontsize=9)
+    ax.set(xlabel="GPUs", ylabel="hours", xticks=list(at), xticklabels=names, title="Time by number of GPUs, and efficiency")
+    ax.legend(frameon=False, fontsize=9); plt.close(fig)
+    fig.alt = "Hours by number of GPUs: " + ", ".join(f"{n} {r['hours']:.3g} (efficiency {r['efficiency']:.0%})" for n, r in zip(names, rows)) + f"; the limit is {self.limit:.3g}."
+    fig._repr_mimebundle_ = lambda **_: ({"text/plain": fig.alt}, {"image/png": dict(alt=fig.alt)})
+    return fig
+
+Scaling.cells, Scaling.figure = _scaling_cells, _scaling_figure
+Scaling.__repr__, Scaling._repr_html_ = lambda self: _as_text(self.cells(), *self.notes), lambda self: _as_html(self.cells(), *self.notes)
 
 # %% ../nbs/07b_plan.ipynb #0ab4b941
 def fitted(cfg: Config,
