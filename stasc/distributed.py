@@ -93,7 +93,7 @@ def launch(cfg: Config, out: str|Path,      # settings and run directory: a new 
 # %% ../nbs/07d_distributed.ipynb #003f8ea5
 def _shown(command, env):
     "Print what a command prints; a failure is raised with its own sentence."
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as p:
+    with subprocess.Popen([*command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as p:
         said, last = None, ""
         try:
             for line in p.stdout:

@@ -79,8 +79,7 @@ class RemoteDir(RunDir):
 def _publish(self, entry):
     if (self.path/entry["name"]).exists(): self._put(entry["name"])         # else another machine has put it there
     else: self._stands(entry["name"])
-    RunDir._publish(self, entry)
-    line = (self.path/"manifest.jsonl").read_bytes().splitlines(keepends=True)[-1]
+    line = RunDir._publish(self, entry).encode()
     with _reached(f"{self.url}/manifest", "written"):
         self.fs.makedirs(self._at("manifest"), exist_ok=True)
         self.fs.pipe_file(self._at(f"manifest/{self.published:06d}.jsonl"), line)

@@ -238,12 +238,13 @@ def _record(self, name, **facts):
     "Enter a finished file or folder into the manifest."
     self._publish(dict(name=name, **facts, sha256=_digest(self/name)))
 
-def _publish(self, entry):
+def _publish(self, entry) -> str:       # its line
     "From here on it counts."
     entry = entry | (dict(settings=self._mark) if self._mark else {})
     with _said(self/"manifest.jsonl"), (self/"manifest.jsonl").open("a", encoding="utf-8", newline="\n") as f:
-        f.write(json.dumps(entry | dict(check=_check(entry))) + "\n"); f.flush(); os.fsync(f.fileno())
+        f.write(line := json.dumps(entry | dict(check=_check(entry))) + "\n"); f.flush(); os.fsync(f.fileno())
     self.manifest[entry["name"]] = entry
+    return line
 
 def _done(self, name: str) -> bool:
     "Is this file or folder complete?"

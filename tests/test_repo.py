@@ -171,7 +171,7 @@ def test_requirements_cover_imports(packaging):
     "What stasc imports is required, stands in an extra, or comes with what is required."
     extras = [o for name, reqs in packaging["extras_require"].items() if name != "dev" for o in reqs]
     declared = {Requirement(o).name.lower() for o in packaging["install_requires"] + extras}
-    declared |= {"tokenizers", "huggingface-hub", "regex", "ipython", "pillow"}  # of transformers, ipywidgets and matplotlib
+    declared |= {"tokenizers", "huggingface-hub", "regex", "ipython", "pillow", "fsspec"}      # of transformers, ipywidgets, matplotlib and datasets
     imported = {}
     for path in modules:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
