@@ -6,10 +6,10 @@
 __all__ = ['Ray', 'Sharded']
 
 # %% ../nbs/14d_cluster.ipynb #3017ec46
-import os, time
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from .core import PERMISSIONS, Config, ConfigError, StascError
+from .core import PERMISSIONS, Config, ConfigError, SampleError, StascError
 from .loop import STaSC
 from .store import RunDir, part_name
 from .sweep import Engines, Sweep
@@ -29,7 +29,7 @@ class Ray:
     workers: int|None = None    # engines of a run, or trials at a time; None: as many as there is room for
     gpus: float = 0             # of each; below 1 several share one
     cpus: float = 1             # of each
-    retries: int = 3            # how often a trial begins again whose process or machine died
+    retries: int = 3            # how often a trial, or an engine, begins again whose process or machine died
 
     def __post_init__(self):
         for name, ok in (("workers", self.workers is None or self.workers >= 1), ("gpus", self.gpus >= 0), ("cpus", self.cpus > 0), ("retries", self.retries >= 0)):
@@ -155,15 +155,18 @@ class Sharded(STaSC):
     def _load(self, n):
         if self.actors: return
         began, ray = time.perf_counter(), _ray()
-        kind = ray.remote(**self.on.needs, max_restarts=-1, max_task_retries=-1)(_Actor)
+        kind = ray.remote(**self.on.needs, max_restarts=self.on.retries, max_task_retries=self.on.retries)(_Actor)
         self.actors = [kind.remote(getattr(self.dir, "url", self.dir.path.resolve()), self.cfg, self._reward, self.make) for _ in range(self.on.room())]
         model = self._ask(ray.get, self.actors[0].do.remote("describe"))
         self.dir.log(iteration=n, phase="load", seconds=round(time.perf_counter() - began, 3), model_seconds=0., model=model, engines=len(self.actors))
 
     def _ask(self, get, *args):
         "What an actor answers; a mistake of the user's as the one sentence it is."
+        errors = _ray().exceptions
         try: return get(*args)
-        except _ray().exceptions.RayTaskError as e: raise (e.cause if isinstance(e.cause, StascError) else e) from None
+        except errors.RayTaskError as e: raise (e.cause if isinstance(e.cause, StascError) else e) from None
+        except errors.RayActorError as e:
+            raise SampleError(f"an engine's process or machine died more than {self.on.retries} times ({type(e).__name__}); did it run out of memory? What was drawn stays: resume the run, with more retries where machines come and go") from None
 
     def _parts(self, n, phase, questions):
         "Have the parts of a phase drawn; none is left for us."

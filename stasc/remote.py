@@ -113,7 +113,7 @@ RemoteDir._publish, RemoteDir.write_json, RemoteDir.done, RemoteDir.astray, Remo
 RemoteDir.drop, RemoteDir.disk_use = _drop, _disk_use
 
 # %% ../nbs/08a_remote.ipynb #cfd4f494
-LEASE = 15 * 60     # seconds after which a writer that says nothing is taken for dead
+LEASE = 24 * 3600   # seconds after which a writer that says nothing is taken for dead
 
 def _holder(self):
     "Who holds the lease; None where nobody does."

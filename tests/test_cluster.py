@@ -190,3 +190,11 @@ def test_engines_put_their_parts_into_a_bucket(cluster, tmp_path):
     run = sharded(f"file://{tmp_path}/there").run()
     sharded(tmp_path / "here").run()
     assert run.n_done == 3 and {k: v for k, v in unsorted(tmp_path / "there").items() if not k.startswith("manifest/")} == unsorted(tmp_path / "here")
+
+
+def test_engine_that_kills_its_process_each_time_stops_the_run_with_a_sentence(cluster, tmp_path):
+    class Deadly(Sensitive):
+        def sample(self, *args): os.kill(os.getpid(), signal.SIGKILL)
+    run = Sharded(BASE.replace(n_train=11, n_test=7), tmp_path / "run", data=QS, on=Ray(workers=1, cpus=.25, retries=1), engine=Deadly, callbacks=[])
+    with pytest.raises(SampleError, match="died more than 1 times"): run.run()
+    assert run.actors == [] and sharded(tmp_path / "run").run().n_done == 3

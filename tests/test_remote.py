@@ -14,7 +14,7 @@ from test_sweep import tree
 from stasc.core import Config, ConfigError, StoreError
 from stasc.data import Data
 from stasc.loop import STaSC
-from stasc.remote import RemoteDir, run_dir
+from stasc.remote import LEASE, RemoteDir, run_dir
 from stasc.star import STaR
 from stasc.sweep import sweep
 from stasc.train import ScriptedEngine
@@ -134,7 +134,7 @@ def test_lease_of_a_writer_that_said_nothing_for_long_is_taken_over(tmp_path, mo
     with run._writing():
         with pytest.raises(StoreError, match="is in use by process"): scripted(at(tmp_path / "run")).run()
         real = time.time
-        monkeypatch.setattr(time, "time", lambda: real() + 16 * 60)
+        monkeypatch.setattr(time, "time", lambda: real() + LEASE + 60)
         other = scripted(at(tmp_path / "run")).run()
         with other._writing(), pytest.raises(StoreError, match="has been taken over by a process on"): run.dir._renew()
     assert other.n_done == 3 and not (tmp_path / "run/lease.json").exists()
