@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from test_sweep import BASE, QUESTIONS, Sensitive, ask, swept, tree
 
 from stasc.cluster import Ray, Sharded
-from stasc.core import Config, ConfigError, RewardError, SampleError, all_variants
+from stasc.core import Config, ConfigError, RewardError, SampleError, TrainError, all_variants
 from stasc.data import Data
 from stasc.loop import STaSC
 from stasc.store import part_name
@@ -198,3 +198,97 @@ def test_engine_that_kills_its_process_each_time_stops_the_run_with_a_sentence(c
     run = Sharded(BASE.replace(n_train=11, n_test=7), tmp_path / "run", data=QS, on=Ray(workers=1, cpus=.25, retries=1), engine=Deadly, callbacks=[])
     with pytest.raises(SampleError, match="died more than 1 times"): run.run()
     assert run.actors == [] and sharded(tmp_path / "run").run().n_done == 3
+
+
+# --- fine-tuning by several, which Ray Train starts
+
+REAL = Config.demo(n_train=16, n_test=4, part_size=8, train_batch=4, device="cpu")
+
+
+def trained(run): return [e for e in map(json.loads, (run.dir / "log.jsonl").read_text().splitlines()) if e["phase"] == "train"]
+
+
+@pytest.mark.parametrize("options, fsdp, where", [(dict(), False, "file://{}"), (dict(finetune="full"), True, "{}")], ids=["copies", "pieces"])
+def test_learners_learn_what_one_process_does(cluster, tmp_path, options, fsdp, where):
+    from safetensors.torch import load_file
+    one = STaSC(REAL.replace(iterations=2, **options), tmp_path / "one", callbacks=[]).run()
+    two = Sharded(one.cfg, where.format(tmp_path / "two"), on=Ray(workers=2, cpus=.25, learners=2, fsdp=fsdp), callbacks=[]).run()
+    assert two.n_done == 3 and [e["processes"] for e in trained(two)] == [2, 2]
+    for a, b in zip(trained(one), trained(two)):
+        assert (a["steps"], a["tokens"]) == (b["steps"], b["tokens"]) and [b["first_loss"], b["last_loss"]] == pytest.approx([a["first_loss"], a["last_loss"]], abs=1e-4)
+    for n in (1, 2):
+        a, b = (load_file(next((tmp_path / o / f"iter_{n:02d}" / one._kind).glob("*.safetensors"))) for o in ("one", "two"))
+        assert a.keys() == b.keys() and max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
+    assert two.trajectories.corr_text.tolist() == one.trajectories.corr_text.tolist()
+
+
+def others():
+    "Processes that take part in a fine-tuning of Ray Train, but for this one."
+    names = {p: (p / "cmdline").read_bytes() for p in Path("/proc").iterdir() if p.name.isdigit() and (p / "cmdline").exists()}
+    return [int(p.name) for p, name in names.items() if b"RayTrainWorker" in name and int(p.name) != os.getpid()]
+
+
+def deadly(tmp_path):
+    "Engines whose first fine-tuning loses a follower, and whose second its leader."
+    noted = str(tmp_path / "fits")
+    def make(cfg):
+        from stasc.train import Engine
+        class Deadly(Engine):
+            def train(self, *args):
+                with open(noted, "a") as f: f.write("x")
+                met = os.path.getsize(noted)
+                if met == 1: [os.kill(pid, signal.SIGKILL) for pid in others()]
+                if met == 2: os.kill(os.getpid(), signal.SIGKILL)
+                return super().train(*args)
+        return Deadly(cfg)
+    return make
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are found in /proc")
+def test_fine_tuning_begins_again_where_a_learner_dies(cluster, tmp_path):
+    cfg = REAL.replace(iterations=1)
+    run = Sharded(cfg, tmp_path / "run", on=Ray(workers=1, cpus=.25, learners=2, retries=2), engine=deadly(tmp_path), callbacks=[]).run()
+    assert run.n_done == 2 and (tmp_path / "fits").read_text() == "xxx" and len(trained(run)) == 1
+    waited(lambda: not others())
+    (tmp_path / "fits").unlink()
+    run = Sharded(cfg, tmp_path / "other", on=Ray(workers=1, cpus=.25, learners=2, retries=0), engine=deadly(tmp_path), callbacks=[])
+    with pytest.raises(TrainError, match="takes part in fine-tuning died 1 times"): run.run()
+    assert run.n_done == 1 and run.actors == []
+
+
+def test_mistake_of_the_user_is_not_tried_again(cluster, tmp_path):
+    noted = str(tmp_path / "made")
+    def make(cfg):
+        from stasc.train import Engine
+        with open(noted, "a") as f: f.write("x")
+        class Wrong(Engine):
+            def train(self, *args): raise TrainError("lower the rate")              # its follower waits to be told what to learn
+        return Wrong(cfg)
+    run = Sharded(REAL.replace(iterations=1), tmp_path / "run", on=Ray(workers=1, cpus=.25, learners=2), engine=make, callbacks=[])
+    with pytest.raises(TrainError, match="^lower the rate$"): run.run()
+    assert (tmp_path / "made").read_text() == "xx" and run.n_done == 1              # an engine to draw, and one that was to learn
+
+
+def test_interrupted_fine_tuning_leaves_nobody_at_work(cluster, tmp_path):
+    begun = str(tmp_path / "begun")
+    def make(cfg):
+        from stasc.train import Engine
+        class Waits(Engine):
+            def train(self, *args): Path(begun).touch(); time.sleep(600)
+        return Waits(cfg)
+    run = Sharded(REAL.replace(iterations=1), tmp_path / "run", on=Ray(workers=1, cpus=.25, learners=2), engine=make, callbacks=[])
+    threading.Thread(target=lambda: (waited(Path(begun).exists, 240), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
+    with pytest.raises(KeyboardInterrupt): run.run()
+    waited(lambda: not others())
+    assert run.n_done == 1 and run.fitting is None
+    assert STaSC.open(tmp_path / "run", callbacks=[]).run().n_done == 2
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(learners=0), "learners = 0 is out of range"), (dict(fsdp=True), "needs at least 2 learners"), (dict(learners=2, gpus=.5), "need whole GPUs")])
+def test_what_is_asked_of_learners_is_checked(wrong, said):
+    with pytest.raises(ConfigError, match=said): Ray(**wrong)
+
+
+def test_adapter_is_not_cut_into_pieces(tmp_path):
+    with pytest.raises(ConfigError, match="FSDP is for full fine-tuning"): Sharded(REAL, tmp_path / "run", on=Ray(learners=2, fsdp=True))
+    assert not (tmp_path / "run").exists()
