@@ -404,7 +404,7 @@ class LiveTable:
                  left,                          # names of the trials that are run now
                  notebook: bool|None = None):   # False: no table but the last, as text; default: whether this is a notebook
         self.sweep, self.notebook, self.at = sweep, _in_notebook() if notebook is None else notebook, None
-        self.before, self.n_left = {n: self._mark(n) for n in left}, len(left)
+        self.options, self.before, self.n_left = sweep.varied, {n: self._mark(n) for n in left}, len(left)
         self.over = dict.fromkeys(n for n in sweep.trials if n not in self.before)          # in the order in which they ended
         self._rows, self._lock, self._stop, self._handle, self._began, self.done = {}, threading.Lock(), threading.Event(), None, time.monotonic(), False
 
@@ -437,7 +437,7 @@ def _row(self, name) -> dict:       # state, model, acc_t1, acc_t2, note
     row = dict(state="waiting" if state == "open" else state, model="" if m.empty else f"M_{m.index[-1]} of {s.trials[name].iterations}", acc_t1="", acc_t2="",
                note=visible(said, 1000) if said else _phase(made) if state == "running" else "")
     if not m.empty: row |= {k: f"{m[f'test_{k}'].iloc[-1]:.3f}" for k in ("acc_t1", "acc_t2")}
-    self._rows[name] = mark, row
+    if state != "open": self._rows[name] = mark, row                # else a file system that is slow to tell may have more later
     return row
 
 def _phase(made):       # names in a manifest
@@ -481,15 +481,17 @@ LiveTable._chosen, LiveTable._words = _chosen, _words
 # %% ../nbs/14_sweep.ipynb #054fb571
 def _bundle(self, quiet: bool = True) -> dict:       # quiet: without times
     "The table as HTML, and as text."
-    rows, options = self._stands(), self.sweep.varied
+    rows, options = self._stands(), self.options
     chosen, words = self._chosen(rows), self._words(rows, quiet)
     word = lambda n, k: visible("none" if (v := getattr(self.sweep.trials[n], k)) is None else str(v), 200)
     table = [[*([word(n, k) for k in options] or [n]), *rows[n].values()] for n in chosen]
-    head, rest = [*(options or ["trial"]), "state", "model", "test r(Y1)", "r(Y2)", ""], [r for n, r in rows.items() if n not in set(chosen)]
+    head, rest = [*(options or ["trial"]), "state", "model", "test r(Y1)", "r(Y2)", ""], [rows[n] for n in rows.keys() - set(chosen)]
     if not any(r[-1] for r in table): head, table = head[:-1], [r[:-1] for r in table]
     more = f"and {len(rest)} more: {_count(rest)}" if rest else ""
     bar = "" if quiet else f'<progress aria-label="trials" max="{len(rows)}" value="{len(self.over)}" style="width:100%"></progress>'
-    cells = _table_html([h.replace("Y1", "Y&#770;&sup1;").replace("Y2", "Y&#770;&sup2;") for h in head], [[html.escape(c) for c in r] for r in table])
+    sign = {"test r(Y1)": "test&nbsp;r(Y&#770;&sup1;)", "r(Y2)": "r(Y&#770;&sup2;)"}
+    cell = lambda c: html.escape(c).replace(" ", "&nbsp;" if c.startswith("M_") else " ")       # a long sentence beside them would break these
+    cells = _table_html([sign.get(h, h) for h in head], [[cell(c) for c in r] for r in table])
     flat = [[" ".join(c.split()) for c in r] for r in [head, *table]]
     wide = [max(map(len, c)) for c in zip(*flat)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in flat]
@@ -567,7 +569,7 @@ def sweep(grid: dict|list|None = None,      # option -> value or values, or a li
           engine=Engine,                    # function of a `Config` that gives an engine
           workers = 1,                      # local processes; or a `stasc.cluster.Ray`
           shown=print,                      # is given a line for each trial; None shows nothing
-          live: bool|None = None,           # a table that grows in place instead of lines; default: in a notebook
+          live: bool|None = None,           # a table that grows in place instead of lines (outside of notebooks it comes at the end); default: in a notebook
          ) -> Sweep:
     "Run each trial of a grid that is not done yet."
     only_here(out, "a sweep")

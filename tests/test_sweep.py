@@ -328,7 +328,7 @@ def rows_of(bundle):
             if tag == "tr": self.rows.append([])
             if tag in ("th", "td"): self.rows[-1].append("")
         def handle_data(self, text):
-            if self.rows and self.rows[-1]: self.rows[-1][-1] += text
+            if self.rows and self.rows[-1]: self.rows[-1][-1] += text.replace("\xa0", " ")
     cells = Cells()
     cells.rows, cells.tags = [], set()
     cells.feed(re.split("</table>", bundle["text/html"])[0])
