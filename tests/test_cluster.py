@@ -2,6 +2,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from stasc.core import Config, ConfigError, RewardError, SampleError, TrainError
 from stasc.data import Data
 from stasc.loop import STaSC
 from stasc.store import part_name
+from stasc.sweep import Sweep
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the tests kill processes by signals")
 
@@ -292,3 +295,61 @@ def test_what_is_asked_of_learners_is_checked(wrong, said):
 def test_adapter_is_not_cut_into_pieces(tmp_path):
     with pytest.raises(ConfigError, match="FSDP is for full fine-tuning"): Sharded(REAL, tmp_path / "run", on=Ray(learners=2, fsdp=True))
     assert not (tmp_path / "run").exists()
+
+
+# --- the table, and the death of the driver
+
+def test_the_table_says_what_runs_on_the_cluster(cluster, tmp_path, monkeypatch):
+    from test_sweep import rows_of, until
+
+    from stasc.sweep import LiveTable
+    gate, seen = tmp_path / "gate", []
+    def make(cfg):
+        class Gated(Sensitive):
+            def train(self, *args): until(gate.exists); return super().train(*args)
+        return Gated(cfg)
+    def show(self, bundle):
+        seen.append(rows_of(bundle))
+        if [r[1:3] + r[-1:] for r in seen[-1]] == [["running", "M_0 of 1", "M_1 train"]] * 2 + [["waiting", "", ""]]: gate.touch()
+    monkeypatch.setattr("stasc.sweep._in_notebook", lambda: True)
+    monkeypatch.setattr(LiveTable, "every", .01)
+    monkeypatch.setattr(LiveTable, "_show", show)
+    s = swept(dict(seed=[0, 1, 2]), tmp_path / "s", BASE.replace(iterations=1), engine=make, workers=Ray(workers=2, cpus=.5), shown=print)
+    assert gate.exists() and [r[1:3] for r in seen[-1]] == [["complete", "M_1 of 1"]] * 3
+    assert [s.state(n)[0] for n in s.trials] == ["complete"] * 3
+
+
+def driver(cluster, tmp_path, work):
+    "A program that has the cluster do something."
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    (tmp_path / "driver.py").write_text(f"import sys; sys.path[:0] = {paths!r}\nfrom pathlib import Path\nfrom test_cluster import *\n"
+                                        f"ray.init(address={cluster.address!r}, log_to_driver=False, logging_level='error')\ntmp_path = Path({str(tmp_path)!r})\n{work}\n")
+    return subprocess.Popen([sys.executable, tmp_path / "driver.py"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def killed_when(process, found):
+    try: waited(lambda: found() or process.poll() is not None)
+    finally: process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def test_sweep_whose_driver_is_killed_ends_as_the_local_one(cluster, tmp_path):
+    out, small = tmp_path / "there", BASE.replace(iterations=2)
+    dead = driver(cluster, tmp_path, "swept(dict(seed=range(4)), tmp_path / 'there', BASE.replace(iterations=2), engine=slow(tmp_path), workers=Ray(workers=2))")
+    drawn = lambda: [len(list(out.glob(f"seed={k}/iter_01/initial.train/*.parquet"))) for k in range(4)]
+    killed_when(dead, lambda: sum(map(bool, drawn())) >= 2)
+    assert "open" in [Sweep.open(out).state(f"seed={k}")[0] for k in range(4)]   # the driver died in the middle
+    swept(dict(seed=range(4)), out, small, engine=slow(tmp_path), workers=Ray(workers=2))
+    swept(dict(seed=range(4)), tmp_path / "here", small)
+    assert (out / "table.csv").read_bytes() == (tmp_path / "here/table.csv").read_bytes()
+    assert {k: v for k, v in tree(out).items() if "manifest" not in k} == {k: v for k, v in tree(tmp_path / "here").items() if "manifest" not in k}
+
+
+def test_run_whose_driver_is_killed_ends_as_the_run_of_one_process(cluster, tmp_path):
+    dead = driver(cluster, tmp_path, "sharded(tmp_path / 'run', 2, slow(tmp_path)).run()")
+    drawn = lambda: (tmp_path / "run/manifest.jsonl").exists() and (tmp_path / "run/manifest.jsonl").read_text().count("iter_01/corrections.train")
+    killed_when(dead, lambda: drawn() and 1 <= drawn())
+    assert 1 <= drawn() < 6 and STaSC.open(tmp_path / "run", callbacks=[]).n_done == 1      # in the middle of a phase of six parts
+    run = sharded(tmp_path / "run", 2, slow(tmp_path)).run()
+    STaSC(BASE.replace(n_train=11, n_test=7), tmp_path / "alone", data=QS, engine=Sensitive(), callbacks=[]).run()
+    assert run.n_done == 3 and unsorted(tmp_path / "run") == unsorted(tmp_path / "alone") and manifest(tmp_path / "run") == manifest(tmp_path / "alone")
