@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/15_cli.ipynb #59577093
-import argparse, contextlib, difflib, importlib.util, os, re, sys, warnings
+import argparse, contextlib, difflib, importlib.util, os, re, shutil, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 from . import __version__
@@ -45,10 +45,10 @@ def _finish(run):
     print(f"{picture.as_posix()}: reward curves\n{run.dir.path.as_posix()}: {run.dir.disk_use() / 1e6:.1f} MB; look again with: stasc show {run.dir.path.as_posix()}")
 
 # %% ../nbs/15_cli.ipynb #fd364bb5
-def _config(args, **more) -> Config:
+def _config(args, base=None, **more) -> Config:     # base: settings to start from where no others are given
     "The configuration that file, preset and flags give."
     from stasc.core import read_mapping
-    options = (read_mapping(args.config) if args.config else {})
+    options = read_mapping(args.config) if args.config else {} if args.preset or base is None else base.to_dict()
     if not isinstance(options, dict): raise ConfigError(f"{args.config}: expected a mapping of options to values")
     options |= _options(args) | more
     cfg = Config.from_dict(options, where=args.config or "command line")
@@ -59,11 +59,6 @@ def _run(args):
     from stasc.loop import STaSC
     _go(STaSC(_config(args), args.out))
 
-def _plan(args):
-    "Estimate GPU memory, time and disk of a run, before it is paid for."
-    from stasc.plan import plan
-    print(plan(_config(args), args.gpu, args.prompt_tokens, args.first_tokens))
-
 def _demo(args):
     "Run STaSC on an embedded model, a minute or two on a laptop: additions, or fictional facts with --task facts."
     from stasc.loop import STaSC
@@ -73,6 +68,25 @@ def _resume(args):
     "Take up a run that was stopped, or add iterations to one that is complete."
     from stasc.loop import STaSC
     _go(STaSC.open(args.run, **_options(args)))
+
+# %% ../nbs/15_cli.ipynb #43313962
+def _plan(args):
+    "Estimate GPU memory, time and disk of a run, before it is paid for; with --gpus, on how many GPUs."
+    from stasc.plan import plan
+    given = lambda *names: [f"--{k.replace('_', '-')}" for k in names if getattr(args, k) is not None]
+    if not args.gpus and (more := given("by", "price", "measured")): raise ConfigError(f"{more[0]} is for several GPUs; give their numbers too, such as --gpus 1,2,4,8")
+    if args.measured and (more := given("gpu", "prompt_tokens", "first_tokens")): raise ConfigError(f"{more[0]} is not for --measured, which takes the times of a run as they are")
+    made = _scaling(args) if args.gpus else plan(_config(args), args.gpu, args.prompt_tokens, args.first_tokens)
+    print(visible(made.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), 10**6))
+
+def _scaling(args):
+    from stasc.plan import scaling
+    run = None
+    if args.measured is not None:
+        from stasc.loop import STaSC
+        run = STaSC.open(args.measured)
+    options = dict(gpu=args.gpu, by=args.by, prompt=args.prompt_tokens, first=args.first_tokens, price=args.price)
+    return scaling(_config(args, run.cfg if run else None), gpus=args.gpus, measured=run, **{k: v for k, v in options.items() if v is not None})
 
 # %% ../nbs/15_cli.ipynb #32da311e
 def _import(files):
@@ -225,6 +239,14 @@ def _plan_options(c):
     c.add_argument("--gpu", metavar="NAME", help="one card, such as T4 or 'A100 40GB' [all that are known]")
     for k, what in (("prompt", "correction prompt"), ("first", "prompt for an initial answer")):
         c.add_argument(f"--{k}-tokens", type=_positive, metavar="N", help=f"tokens of a {what} [reckoned]")
+    c.add_argument("--gpus", type=_numbers, metavar="N,N,...", help="compare so many GPUs, such as 1,2,4,8: time, memory, cost, and how many are worth it")
+    c.add_argument("--by", choices=("ray", "accelerate", "both"), help="with --gpus: who shares the work; ray the drawing, accelerate the fine-tuning [ray]")
+    c.add_argument("--price", type=float, metavar="P", help="with --gpus: of one GPU for an hour")
+    c.add_argument("--measured", metavar="DIR", help="with --gpus: a run whose times are taken, and whose settings unless others are given [times from --gpu, A100 40GB]")
+
+def _numbers(text):
+    if not re.fullmatch(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", text): raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1 to 999999 with commas between them, such as 1,2,4,8")
+    return [int(n) for n in text.split(",")]
 
 def _positive(text):
     if not (text.isdigit() and int(text)): raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")

@@ -22,7 +22,7 @@ from .reward import final_answer, judge, reward_name
 from .remote import run_dir
 from .store import _check, part_name, read_json
 from .task import reward_of
-from .train import Example, ScriptedEngine, reports
+from .train import Example, ScriptedEngine, packed, reports
 
 # %% ../nbs/09_loop.ipynb #4d6c733d
 def split_metrics(init_reward: pd.Series,   # one for each trajectory
@@ -374,7 +374,7 @@ def _draw_corrections(self, n, phase, questions, count):
 
 def _correction_prompts(self, asked, training=False):       # (question, initial answer) of each
     "Token ids of prompts; a model that is sure of itself gives the same answer again and again, and each distinct prompt is rendered once."
-    kind = tuple if training else list                              # examples share the ids of a prompt
+    kind = packed if training else list                             # examples share the ids of a prompt
     rendered = {(q, text): kind(self.prompter.correction(q, text, training)) for q, text in dict.fromkeys(asked)}
     return [rendered[o] for o in asked]
 
@@ -412,7 +412,7 @@ def _examples(self, kept):
     "Kept pairs as prompts and the ids that were generated."
     questions = {q.id: q for q in self.data.train}
     prompts = self._correction_prompts([(questions[q], text) for q, text in zip(kept.question_id, kept.init_text)], training=True)
-    return [Example(tuple(prompt), tuple(ids.tolist())) for prompt, ids in zip(prompts, kept.corr_token_ids)]
+    return [Example(prompt, ids) for prompt, ids in zip(prompts, kept.corr_token_ids)]
 
 STaSC._by_part, STaSC._pairs, STaSC._examples = _by_part, _pairs, _examples
 

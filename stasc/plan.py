@@ -8,7 +8,7 @@ __all__ = ['GB', 'GPUS', 'Shape', 'linears', 'parameters', 'adapter_parameters',
            'texts_of', 'disk_bytes', 'Plan', 'plan', 'Scaling', 'scaling', 'fitted', 'Preflight', 'preflight']
 
 # %% ../nbs/07b_plan.ipynb #f43c6140
-import dataclasses, html, json, logging, math, shutil
+import dataclasses, html, json, logging, math, re, shutil, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Config, ConfigError, ModelError, Variant, unknown
@@ -296,10 +296,25 @@ def _cells(self):
     shown = lambda r: dict(r, fits="yes" if r["fits"] else "no", peak=f"{r['peak']:.1f} GB, {r['dtype']}", hours="" if r["hours"] is None else f"{r['hours']:.1f}")
     return [list(_COLUMNS.values())] + [[str(shown(r)[k]) for k in _COLUMNS] for r in self.rows]
 
-def _as_text(cells, first, *rest):
+def _lines(cells, gap):
     width = [max(map(len, column)) for column in zip(*cells)]
-    table = "\n".join("  ".join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in cells)
-    return "\n".join([first, "", table, "", *rest])
+    return [gap.join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in cells]
+
+def _folded(cells):
+    "Headings on several lines, no wider than what is below them."
+    head, *body = cells
+    folds = [textwrap.wrap(h, max(map(len, [*re.split(r" |(?<=-)", h), *below]))) for h, *below in zip(head, *body)]
+    deep = max(map(len, folds))
+    return [list(r) for r in zip(*([""] * (deep - len(f)) + f for f in folds))] + body
+
+def _as_text(cells, first, *rest, width=None):
+    "Sentences, table, sentences; made to fit where a width is given."
+    room = math.inf if width is None else width
+    wrap = lambda t: t if width is None else textwrap.fill(t, width, break_long_words=False, break_on_hyphens=False)
+    tries = (_lines(c, gap) for c, gap in ((cells, "  "), (_folded(cells), "  "), (_folded(cells), " ")))
+    for table in tries:
+        if max(map(len, table)) <= room: break
+    return "\n".join([wrap(first), "", *table, "", *map(wrap, rest)])
 
 def _as_html(cells, first, *rest):
     row = lambda tag, r: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in r) + "</tr>"
@@ -307,12 +322,16 @@ def _as_html(cells, first, *rest):
     said = lambda texts: "".join(f"<p>{html.escape(t)}</p>" for t in texts)
     return said([first]) + f"<table>{row('th', head)}{''.join(row('td', r) for r in body)}</table>" + said(rest)
 
-def _repr(self): return _as_text(self.cells(), *self.notes, self.disk_line())
+def _text(self, width: int|None = None) -> str:     # columns of a terminal
+    "Table and sentences."
+    return _as_text(self.cells(), *self.notes, self.disk_line(), width=width)
+
+def _repr(self): return self.text()
 def _repr_html(self): return _as_html(self.cells(), *self.notes, self.disk_line())
 
 def _disk_line(self): return f"Disk: {sum(self.disk.values()) / GB:.2f} GB ({', '.join(f'{k} {v / GB:.2f}' for k, v in self.disk.items())})."
 
-Plan.cells, Plan.__repr__, Plan._repr_html_, Plan.disk_line = _cells, _repr, _repr_html, _disk_line
+Plan.cells, Plan.text, Plan.__repr__, Plan._repr_html_, Plan.disk_line = _cells, _text, _repr, _repr_html, _disk_line
 Config.plan = plan
 
 # %% ../nbs/07b_plan.ipynb #5bcb4759
@@ -347,12 +366,14 @@ def _measured(cfg, run) -> dict:
         raise ConfigError(f"measured: {differ[0]} is {getattr(run.cfg, differ[0])!r} there and {getattr(cfg, differ[0])!r} here; measure a run that differs in its numbers alone")
     if run.n_done < 2: raise ConfigError(f"measured: {run.dir.where} has not finished M_1, and what fine-tuning takes is not known yet")
     log = run.dir/"log.jsonl"
-    if log.exists() and any(e.get("engines", 1) > 1 or e.get("processes", 1) > 1 for e in _log_lines(log)):
+    if log.exists() and any(e.get("engines", 1) != 1 or e.get("processes", 1) != 1 for e in _log_lines(log)):
         raise ConfigError(f"measured: {run.dir.where} was made by several engines or processes; measure a run of one")
     t = run.timing()
     t = t[t.index.get_level_values("iteration") < run.n_done].groupby("phase").sum().rename({"transfer.test": "initial.test"}).groupby("phase").sum()
     if lacking := [k for k in (*_PHASES, "train", "metrics") if k not in t.index]: raise ConfigError(f"measured: {log} has no times for {', '.join(lacking)}")
-    return _in_proportion(cfg, run.cfg.replace(iterations=run.n_done - 1), t)
+    seconds = _in_proportion(cfg, run.cfg.replace(iterations=run.n_done - 1), t)
+    if not all(0 <= v < math.inf for v in seconds.values()) or not any(seconds.values()): raise ConfigError(f"measured: {log} has times that none can be: {seconds}")
+    return seconds
 
 # %% ../nbs/07b_plan.ipynb #30295dd2
 def _log_lines(file):
@@ -406,17 +427,24 @@ def scaling(cfg: Config,
     if gpu not in GPUS: raise ConfigError(unknown("gpu", gpu, GPUS))
     if by not in _BY: raise ConfigError(unknown("by", by, _BY))
     if not (gpus := list(gpus)) or not all(type(n) is int and n >= 1 for n in gpus): raise ConfigError(f"gpus = {gpus!r}: expected whole numbers of at least 1")
-    s, g, (prompt, first, new) = shape_of(cfg.model), GPUS[gpu], _lengths(cfg, prompt, first, assumed)
-    on = lambda n: choose(s, g, cfg.finetune, cfg, prompt, n if _BY[by][1] else 1)
-    seconds = _measured(cfg, measured) if measured is not None else _planned(cfg, s, g, on(1), prompt, first, new, assumed)
+    if not (price is None or isinstance(price, (int, float)) and not isinstance(price, bool) and 0 <= price < math.inf): raise ConfigError(f"price = {price!r}: expected a number of at least 0")
+    if measured is None: seconds, row = _on_card(cfg, GPUS[gpu], by, *_lengths(cfg, prompt, first, assumed), assumed)
+    else:
+        seconds = _measured(cfg, measured)
+        row = lambda n: dict(gpus=n, fits=True) | _hours_on(cfg, seconds, by, n)
+    return _scaled(cfg, gpu, gpus, by, measured, price, row, seconds, assumed)
+
+def _on_card(cfg, g, by, prompt, first, new, a) -> tuple:       # seconds on one, and what n of them take
+    s, learns = shape_of(cfg.model), _BY[by][1]
+    on = lambda n: choose(s, g, cfg.finetune, cfg, prompt, n if learns else 1)
+    seconds = _planned(cfg, s, g, on(1), prompt, first, new, a)
     def row(n):
         c, rows = on(n), math.ceil(cfg.train_batch * cfg.grad_accumulation / n)
-        if measured is not None: return dict(gpus=n, fits=True) | _hours_on(cfg, seconds, by, n)
         if not c.fits: return dict(gpus=n, fits=False, peak=c.peak / GB, hours=None)
-        mine = dataclasses.replace(c, train_batch=min(c.train_batch, rows)) if _BY[by][1] else c
-        train = _training_seconds(s, g, cfg.finetune, mine, _learned(cfg, assumed) * (_learned_share(cfg, n) if _BY[by][1] else 1), assumed, prompt, new)
+        mine = dataclasses.replace(c, train_batch=min(c.train_batch, rows)) if learns else c
+        train = _training_seconds(s, g, cfg.finetune, mine, _learned(cfg, a) * (_learned_share(cfg, n) if learns else 1), a, prompt, new)
         return dict(gpus=n, fits=True, peak=c.peak / GB) | _hours_on(cfg, seconds, by, n, train)
-    return _scaled(cfg, gpu, gpus, by, measured, price, row, seconds, assumed)
+    return seconds, row
 
 Config.scaling = scaling
 
@@ -475,8 +503,12 @@ def _scaling_figure(self):          # matplotlib Figure
     fig._repr_mimebundle_ = lambda **_: ({"text/plain": fig.alt}, {"image/png": dict(alt=fig.alt)})
     return fig
 
-Scaling.cells, Scaling.figure = _scaling_cells, _scaling_figure
-Scaling.__repr__, Scaling._repr_html_ = lambda self: _as_text(self.cells(), *self.notes), lambda self: _as_html(self.cells(), *self.notes)
+def _scaling_text(self, width: int|None = None) -> str:     # columns of a terminal
+    "Table and sentences."
+    return _as_text(self.cells(), *self.notes, width=width)
+
+Scaling.cells, Scaling.text, Scaling.figure = _scaling_cells, _scaling_text, _scaling_figure
+Scaling.__repr__, Scaling._repr_html_ = lambda self: self.text(), lambda self: _as_html(self.cells(), *self.notes)
 
 # %% ../nbs/07b_plan.ipynb #0ab4b941
 def fitted(cfg: Config,

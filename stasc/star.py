@@ -132,7 +132,7 @@ def _hinted(self, n, token_ids):
 def _examples(self, kept):
     "Kept rationales behind the prompt without a hint."
     questions = {q.id: q for q in self.data.train}
-    return [Example(tuple(self.prompter.initial(questions[q])), tuple(ids)) for q, ids in zip(kept.question_id, kept.corr_token_ids)]
+    return [Example(self.prompter.initial(questions[q]), ids) for q, ids in zip(kept.question_id, kept.corr_token_ids)]
 
 def _reward_parts(self, n, split): return self._by_part(n, split)
 

@@ -196,3 +196,77 @@ def test_texts_that_reach_html_are_escaped_and_the_picture_has_words():
     assert "<script>" not in dataclasses.replace(s, notes=["<script>alert(1)</script>", *s.notes])._repr_html_()
     alt = s.figure().alt
     assert all(f"{r['gpus']} {r['hours']:.3g}" in alt for r in s.rows)
+
+
+# --- in a terminal, and from the command line
+
+@settings(max_examples=40, deadline=None)
+@given(configs(), st.sampled_from(BY), st.integers(60, 140), st.sampled_from([None, 2.5]))
+def test_a_terminal_gets_every_word_within_its_width(cfg, by, width, price):
+    try: made = [scaling(cfg, "A100 40GB", (1, 2, 4, 8), by, price=price), plan(cfg)]
+    except ConfigError: made = [plan(cfg)]
+    for s in made:
+        sentences, whole = s.text(width).split("\n\n"), repr(s).split("\n\n")
+        assert all(len(line) <= width for k in (0, 2) for line in sentences[k].splitlines())
+        assert [" ".join(sentences[k].split()) for k in (0, 2)] == [" ".join(whole[k].split()) for k in (0, 2)]
+        assert sum(map(len, sentences[1].split())) == sum(map(len, whole[1].split()))               # headings are folded, nothing is left out
+        assert max(map(len, sentences[1].splitlines())) <= width or s.text(1).split("\n\n")[1] == sentences[1]     # or it is as narrow as it gets
+        assert s.text() == repr(s) and s.text(10_000) == repr(s)
+
+
+def test_command_says_what_more_gpus_bring_and_writes_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paper = "plan", "--preset", "paper", "--finetune", "lora"
+    done = command(*paper, "--gpus", "8,1,2,2", "--gpu", "L4", "--by", "both", "--price", "1.5", "--prompt-tokens", "600")
+    assert done.code == 0 and done.out.strip() == repr(Config.paper(finetune="lora").scaling("L4", (1, 2, 8), "both", price=1.5, prompt=600))
+    assert command(*paper, "--gpus", "999999").out.strip() == repr(Config.paper(finetune="lora").scaling(gpus=(999999,)))
+    assert not list(tmp_path.iterdir())
+
+
+WRONG = "0", "-1", "1,x", "", "1,,2", "1,", ",1", "1 2", "01", "1.5", "1e3", "²", "٣", "1000000", "9" * 400, "1,2\n"
+
+
+@pytest.mark.parametrize("words, says", [
+    *[([f"--gpus={n}"], "expected whole numbers from 1 to 999999 with commas between them") for n in WRONG],
+    ("--gpus", "expected one argument"), ("--gpus 1,2 --gpu H9000", "unknown gpu 'H9000' (known: T4"), ("--gpus 1,2 --by dask", "invalid choice: 'dask'"),
+    *[(f"--gpus 1 --price {p}", f"price = {float(p)}: expected a number of at least 0") for p in ("nan", "inf", "-1")], ("--gpus 1 --price cheap", "argument --price"),
+    *[(o, f"{o.split()[0]} is for several GPUs; give their numbers too, such as --gpus 1,2,4,8") for o in ("--by ray", "--price 0", "--measured x")],
+    *[(f"--gpus 1 --measured x {o}", f"{o.split()[0]} is not for --measured") for o in ("--gpu T4", "--prompt-tokens 5", "--first-tokens 5")],
+    ("--gpus 1 --measured nowhere", "nowhere is not a run directory"), ("--gpus 1 --measured=", "not a run directory"),
+    ("--gpus 1 --gpu T4 --preset paper --model Qwen/Qwen2.5-7B", "however many there are")], ids=lambda x: str(x)[:40])
+def test_a_wrong_word_is_answered_in_one_sentence(capsys, words, says):
+    from stasc.cli import main
+    try: code = main(["plan", *(words.split() if isinstance(words, str) else words)])
+    except SystemExit as e: code = e.code                               # of the parser
+    said = capsys.readouterr()
+    assert code == 2 and says in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_a_measured_run_gives_times_and_settings(command, run, tmp_path):
+    write_log(run)
+    before = {f: f.read_bytes() for f in run.dir.path.rglob("*") if f.is_file()}
+    done = command("plan", "--gpus", "1,2", "--measured", run.dir.path, "--n-train", 2000, "--by", "both")
+    large = run.cfg.replace(n_train=2000)
+    assert done.code == 0 and done.out.strip() == repr(large.scaling(measured=run, gpus=(1, 2), by="both")) and "2,000 training questions, as measured" in done.out
+    assert {f: f.read_bytes() for f in run.dir.path.rglob("*") if f.is_file()} == before
+    said = command("plan", "--gpus", 1, "--measured", run.dir.path, "--preset", "paper")
+    assert said.code == 2 and "model is " in said.err and said.err.count("\n") == 1
+    (empty := tmp_path / "empty").mkdir()
+    (empty / "config.json").write_bytes((run.dir / "config.json").read_bytes())
+    said = command("plan", "--gpus", 1, "--measured", empty)
+    assert said.code == 2 and "has not finished M_1" in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("change", [lambda e: e | dict(seconds=0., model_seconds=0.), lambda e: e | dict(seconds=-1.), lambda e: e | dict(seconds=float("nan")), lambda e: e | dict(seconds=1e999), lambda e: e | dict(engines="x")])
+def test_times_that_none_can_be_are_refused(run, change):
+    write_log(run, change)
+    with pytest.raises(ConfigError, match="measured: ") as e: run.cfg.scaling(measured=run)
+    assert "\n" not in str(e.value)
+
+
+def test_a_measured_run_needs_no_model_at_hand(run):
+    write_log(run)
+    named = dataclasses.replace(run.cfg, model="nobody/has-this-9b")
+    run.cfg, own = named, run.cfg
+    try: assert named.scaling(measured=run, gpus=(1,)).rows[0]["hours"] > 0
+    finally: run.cfg = own

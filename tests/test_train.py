@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stasc.core import Config, TrainError
 from stasc.data import Data
 from stasc.loop import STaSC
-from stasc.train import Engine, Example, collate, completion_loss, fine_tune, passes, same_loss, training_arguments
+from stasc.train import Engine, Example, collate, completion_loss, fine_tune, packed, passes, same_loss, training_arguments
 
 torch = pytest.importorskip("torch")
 
@@ -43,6 +43,57 @@ def trained(engine, examples, start, out, seed=1):
     out.mkdir()
     engine.train(examples, start, out, engine.lm.cfg, seed)
     return digest(out)
+
+
+# --- what is trained on
+
+IDS = st.lists(st.integers(0, 2**31 - 1), max_size=40)
+
+
+@given(IDS, IDS, IDS, IDS)
+def test_an_example_is_its_ids_however_they_come(a, b, c, d):
+    import array, copy, pickle
+    import numpy as np
+    e = Example(a, b)
+    assert (e.prompt_ids, e.completion_ids) == (tuple(a), tuple(b)) and all(type(i) is int for i in e.prompt_ids)
+    for kind in (tuple, iter, packed, lambda x: array.array("l", x), torch.tensor, *(lambda x, t=t: np.array(x, t) for t in ("int32", "int64", "uint32", ">i4")), lambda x: np.array([x, x], np.int32).T[:, 0]):
+        same = Example(kind(a), kind(b))
+        assert same == e and hash(same) == hash(e) and repr(same) == repr(e)
+    for again in (pickle.loads(pickle.dumps(e)), copy.deepcopy(e), eval(repr(e))): assert again == e and again.prompt_ids == tuple(a)
+    assert (e == Example(c, d)) == ((a, b) == (c, d)) and e != (a, b)
+    with pytest.raises(AttributeError): e.prompt = b""
+
+
+@given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=5), st.integers(0, 9))
+def test_a_batch_is_what_lists_of_numbers_give(pairs, pad):
+    batch, longest = collate([Example(p, c) for p, c in pairs], pad), max(len(p) + len(c) for p, c in pairs)
+    fill = lambda rows, value: [r + [value] * (longest - len(r)) for r in rows]
+    expected = dict(input_ids=fill([p + c for p, c in pairs], pad), attention_mask=fill([[1] * len(p + c) for p, c in pairs], 0), labels=fill([[-100] * len(p) + c for p, c in pairs], -100))
+    assert {k: v.tolist() for k, v in batch.items()} == expected and all(v.dtype == torch.int64 for v in batch.values())
+
+
+def test_bytes_are_a_sequence_of_ids_unless_they_were_packed():
+    assert Example(b"ab12", b"c").prompt_ids == (97, 98, 49, 50)
+    assert Example(packed(b"ab12"), ()).prompt_ids == (97, 98, 49, 50)
+
+
+@pytest.mark.parametrize("wrong", [(1.5,), (2**31,), (-2**31 - 1,), "12", (None,), 7, None, [[1]]])
+def test_what_is_no_sequence_of_ids_is_refused_in_one_sentence(wrong):
+    with pytest.raises(TrainError, match="expected whole numbers below 2.31") as e: Example((1,), wrong)
+    assert "\n" not in str(e.value)
+
+
+def test_examples_with_one_prompt_hold_it_once():
+    import pickle, tracemalloc
+    prompt = packed(range(1000, 1678))
+    tracemalloc.start()
+    kept = [Example(prompt, range(i, i + 128)) for i in range(200)]
+    size = tracemalloc.get_traced_memory()[0] / len(kept)
+    tracemalloc.stop()
+    assert all(e.prompt is prompt for e in kept) and size < 700            # bytes: 512 of ids, two headers, a place in the list
+    assert len(pickle.dumps(kept)) < 200 * 600 + 3000                       # nor is it sent to another process twice
+    sent = pickle.loads(pickle.dumps(kept))
+    assert sent == kept and len({id(e.prompt) for e in sent}) == 1
 
 
 # --- what the loss reaches
