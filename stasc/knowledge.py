@@ -89,7 +89,7 @@ def _examples(self, kept):
     ends = Counter(int(ids[-1]) for ids in stopped if len(ids)).most_common(1)
     tokenizer, end = self.engine.tokenizer, ends[0][0] if ends else self.engine.tokenizer.eos_token_id
     gold = {q: (*tokenizer(self.texts[q], add_special_tokens=False)["input_ids"], end) for q in kept.question_id.unique()}
-    return [Example(e.prompt_ids, gold[q]) for e, q in zip(STaSC._examples(self, kept), kept.question_id)]
+    return [Example(e.prompt, gold[q]) for e, q in zip(STaSC._examples(self, kept), kept.question_id)]
 
 GoldControl._examples = _examples
 GoldControl.__repr__ = lambda self: STaSC.__repr__(self).replace(f"STaSC {self.cfg.variant}", f"Gold control of {self.cfg.variant}", 1)

@@ -411,7 +411,8 @@ def _hours_on(cfg, seconds, by, n, train=None) -> dict:
     share = lambda phase: _drawn_share(getattr(cfg, f"n_{phase.split('.')[1]}"), cfg.part_size, n) if draws else 1
     drawing = sum(seconds[p] * share(p) for p in _PHASES)
     train = train or seconds["train"] * (_learned_share(cfg, n) if learns else 1)
-    out = dict(drawing=drawing / 3600, training=train / 3600, rest=sum(v for k, v in seconds.items() if k not in (*_PHASES, "train")) / 3600)
+    again = 2 * cfg.iterations * seconds["load"] if draws and learns and n > 1 else 0          # learners, and engines after them
+    out = dict(drawing=drawing / 3600, training=train / 3600, rest=(again + sum(v for k, v in seconds.items() if k not in (*_PHASES, "train"))) / 3600)
     return out | dict(hours=sum(out.values()))
 
 # %% ../nbs/07b_plan.ipynb #1b4718b4
@@ -453,8 +454,8 @@ def _scaled(cfg, gpu, gpus, by, measured, price, row, seconds, a) -> Scaling:
     "Compare what was reckoned for each number of GPUs."
     least = next((n for n in (2**i for i in range(12)) if row(n)["fits"]), None)
     if least is None: raise ConfigError(f"{Path(cfg.model).name} with finetune = {cfg.finetune!r} does not fit on the {gpu}, however many there are; take qlora, a smaller model or a larger card")
-    worth, base = least, row(least)["hours"] * least
-    while row(2 * worth)["hours"] <= .8 * row(worth)["hours"]: worth *= 2
+    base, doubled = row(least)["hours"] * least, [row(least * 2**i) for i in range(20)]
+    worth = max((b["gpus"] for a, b in zip(doubled, doubled[1:]) if b["hours"] <= .8 * a["hours"]), default=least)
     rows = [row(n) for n in sorted(set(gpus))]
     for r in rows:
         if r["fits"]: r.update(speedup=base / r["hours"], efficiency=base / r["hours"] / r["gpus"], gpu_hours=r["gpus"] * r["hours"])
@@ -471,6 +472,7 @@ def _scaling_notes(cfg, gpu, by, measured, least, worth, most, a):
             f"{most['drawing']:.3g} drawing, {most['training']:.3g} fine-tuning, {most['rest']:.3g} filter, measures, manifest and loading."]
     if least > 1: said.append(f"It takes {least} of them to fit; the speed-up is counted from there.")
     if draws: said.append(f"A phase has {parts['train']:,} parts of {cfg.part_size} training questions, or {parts['test']:,} of held-out ones: engines beyond that stand idle, and a smaller part_size makes more parts.")
+    if draws and learns: said.append("The model is loaded anew for each fine-tuning, and by the engines after it.")
     if learns: said.append(f"An optimiser step has {cfg.train_batch * cfg.grad_accumulation} rows to share; what the GPUs tell each other is not counted.")
     if measured is not None: said.append(f"In proportion to a run with {measured.cfg.n_train:,} training questions, as long as one GPU here is as fast as what that run was measured on.")
     else: said.append(f"Planned, not measured on a GPU: the plan's assumptions, {a.filter_us:g} microseconds a trajectory for filter and measures, {a.publish_ms:g} ms a part for the manifest, {a.load:g} s to load.")

@@ -7,11 +7,11 @@ __all__ = ['packed', 'Example', 'collate', 'hidden_states', 'head_logits', 'comp
            'reports', 'passes', 'world', 'rank', 'sharded', 'share', 'fine_tune', 'Engine', 'ScriptedEngine']
 
 # %% ../nbs/07_train.ipynb #7ac6fa50
-import contextlib, gc, logging, math, os, random, sys, tempfile, time, warnings
+import contextlib, gc, logging, math, os, random, sys, tempfile, time
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from .core import Config, ConfigError, TrainError, unknown
+from .core import Config, ConfigError, TrainError, unknown, warn
 from .sample import HFSampler, ScriptedSampler, memory_ran_out
 from .sample_vllm import VLLMSampler, check_vllm
 
@@ -295,7 +295,7 @@ def _trainer(lm, examples, args):
     trainer.remove_callback(PrinterCallback)
     with trainer.accelerator.autocast(): trainer.completions_alone = model.completions_alone = _of_the_first(same_loss(lm.base, examples, lm.pad_id, 1e-4 if lm.dtype == "float32" else 2e-3))
     if trainer.completions_alone: trainer.model_accepts_loss_kwargs = True      # the loss is divided by num_items_in_batch, and by nothing else
-    elif rank() == 0: warnings.warn(f"{type(lm.base).__name__} has a loss of its own: training takes its full logits, and more memory")
+    elif rank() == 0: warn(f"{type(lm.base).__name__} has a loss of its own: training takes its full logits, and more memory")
     return trainer
 
 def _other_rate(what, args): return f"{what}; lower learning_rate (now {args.learning_rate:g}) or use dtype = 'float32', in another run directory: what this one holds stays as it is"
