@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import PERMISSIONS, Config, ConfigError, SampleError, StascError
 from .loop import STaSC
+from .sample_vllm import Killed
 from .store import RunDir, part_name
 from .sweep import Engines, Sweep
 from .train import Engine
@@ -140,7 +141,9 @@ def _part_run(path, cfg, reward, engine):
 class _Actor:
     "What Ray keeps alive: it is made anew, engine and all, where its process or machine dies."
     def __init__(self, *args): self.run = _part_run(*args)
-    def do(self, what, *args): return getattr(self.run, what)(*args)
+    def do(self, what, *args):
+        try: return getattr(self.run, what)(*args)
+        except Killed: return getattr(self.run, what)(*args)        # vLLM is a process of its own, which starts again
 
 # %% ../nbs/14d_cluster.ipynb #49b9db3f
 class Sharded(STaSC):
@@ -150,6 +153,7 @@ class Sharded(STaSC):
                  engine=Engine,         # function of a `Config` that gives an engine
                  **kw):                 # as for `STaSC`
         super().__init__(*args, **kw)
+        if self.cfg.sampler == "vllm" and 0 < on.gpus < 1: raise ConfigError(f"Ray: gpus = {on.gpus:g} with sampler = 'vllm': vLLM fills a GPU; give each engine one of its own, or use sampler = 'hf'")
         self.on, self.make, self.actors = on, engine, []
 
     def _load(self, n):
