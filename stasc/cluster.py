@@ -6,15 +6,17 @@
 __all__ = ['Ray', 'Sharded']
 
 # %% ../nbs/14d_cluster.ipynb #3017ec46
-import time
+import os, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
-from .core import PERMISSIONS, Config, ConfigError, SampleError, StascError
+from .core import PERMISSIONS, Config, ConfigError, SampleError, StascError, TrainError
+from .distributed import FSDP, check_fsdp, team
 from .loop import STaSC
+from .remote import run_dir
 from .sample_vllm import Killed
 from .store import RunDir, part_name
 from .sweep import Engines, Sweep
-from .train import Engine
+from .train import _LOST, Engine
 
 # %% ../nbs/14d_cluster.ipynb #742e2357
 def _ray():
@@ -30,11 +32,16 @@ class Ray:
     workers: int|None = None    # engines of a run, or trials at a time; None: as many as there is room for
     gpus: float = 0             # of each; below 1 several share one
     cpus: float = 1             # of each
-    retries: int = 3            # how often a trial, or an engine, begins again whose process or machine died
+    retries: int = 3            # how often a trial, an engine or a fine-tuning begins again whose process or machine died
+    learners: int = 1           # processes that share the fine-tuning of a run, with as many CPUs and GPUs each
+    fsdp: bool = False          # a piece of the model in each of them (full fine-tuning) instead of a copy
 
     def __post_init__(self):
-        for name, ok in (("workers", self.workers is None or self.workers >= 1), ("gpus", self.gpus >= 0), ("cpus", self.cpus > 0), ("retries", self.retries >= 0)):
+        for name, ok in (("workers", self.workers is None or self.workers >= 1), ("gpus", self.gpus >= 0), ("cpus", self.cpus > 0), ("retries", self.retries >= 0),
+                         ("learners", self.learners >= 1)):
             if not ok: raise ConfigError(f"Ray: {name} = {getattr(self, name)!r} is out of range")
+        if self.fsdp and self.learners < 2: raise ConfigError("Ray: fsdp = True needs at least 2 learners, each of which holds a piece of the model")
+        if self.learners > 1 and self.gpus % 1: raise ConfigError(f"Ray: learners = {self.learners} with gpus = {self.gpus:g}: processes that fine-tune together need whole GPUs")
 
     @property
     def needs(self): return dict(num_cpus=self.cpus, num_gpus=self.gpus)
@@ -131,11 +138,11 @@ def _asked(run, phase):
     counts = (c.n_init, c.n_corr) if split == "train" else (c.n_test_init, c.n_test_corr)
     return getattr(run.data, split), counts[kind == "corrections"]
 
-def _part_run(path, cfg, reward, engine):
+def _part_run(path, cfg, reward, engine, **options):
     "What an actor holds."
     run = _Part.open(path, callbacks=[], reward=reward, **{k: getattr(cfg, k) for k in PERMISSIONS if getattr(cfg, k)})
     _noting(run.dir)
-    run._engine = engine(run.cfg)
+    run._engine = engine(run.cfg.replace(**options))
     return run
 
 class _Actor:
@@ -144,6 +151,35 @@ class _Actor:
     def do(self, what, *args):
         try: return getattr(self.run, what)(*args)
         except Killed: return getattr(self.run, what)(*args)        # vLLM is a process of its own, which starts again
+
+# %% ../nbs/14d_cluster.ipynb #88be2136
+def _learn(given):
+    "What each process does that Ray Train has started for a fine-tuning."
+    if given["fsdp"]: os.environ.update(FSDP)
+    there = run_dir(given["run"][0])
+    def find(start): there.refresh(); return there/"/".join(Path(start).parts[-2:])     # a directory far away has a copy on each machine
+    with team(find) as leads:
+        if leads: found = _part_run(*given["run"], sampler="hf").fit(given["n"])
+    return found if leads else None
+
+def _learn_together(on, given):
+    "Have a model trained; begun again where a process or a machine dies."
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"                      # a model's folder may be named from here
+    needs = ScalingConfig(num_workers=on.learners, use_gpu=on.gpus > 0, resources_per_worker=dict(CPU=on.cpus) | (dict(GPU=on.gpus) if on.gpus else {}))
+    for _ in range(on.retries + 1):
+        with tempfile.TemporaryDirectory() as tmp:                  # nothing of Ray's own is kept
+            try: return TorchTrainer(_learn, train_loop_config=given, scaling_config=needs, run_config=RunConfig(name="fit", storage_path=tmp)).fit().return_value
+            except TrainingFailedError as e: lost = _mistake(e)
+    raise TrainError(f"a process or machine that takes part in fine-tuning died {on.retries + 1} times ({lost}); did it run out of memory? What was drawn stays: resume the run, with more retries where machines come and go")
+
+def _mistake(failed):
+    "Raise what would happen again; else, where somebody died, say what Ray calls it."
+    said = [getattr(e, "_base_exc", e) for _, e in sorted(getattr(failed, "worker_failures", {}).items())]
+    for e in said:
+        if not (type(e).__module__.startswith("ray.") or str(e) == _LOST): raise e from None
+    return type(said[0] if said else failed).__name__
 
 # %% ../nbs/14d_cluster.ipynb #49b9db3f
 class Sharded(STaSC):
@@ -154,13 +190,19 @@ class Sharded(STaSC):
                  **kw):                 # as for `STaSC`
         super().__init__(*args, **kw)
         if self.cfg.sampler == "vllm" and 0 < on.gpus < 1: raise ConfigError(f"Ray: gpus = {on.gpus:g} with sampler = 'vllm': vLLM fills a GPU; give each engine one of its own, or use sampler = 'hf'")
-        self.on, self.make, self.actors = on, engine, []
+        if on.fsdp: check_fsdp(self.cfg)
+        self.on, self.make, self.actors, self.fitting = on, engine, [], None
+
+    @property
+    def _given(self): return getattr(self.dir, "url", self.dir.path.resolve()), self.cfg, self._reward, self.make
+
+    def _fitted(self, n): return n == 0 or self.dir.done(f"iter_{n:02d}/{self._kind}") and self.dir.done(f"iter_{n:02d}/kept.parquet")
 
     def _load(self, n):
-        if self.actors: return
+        if self.actors or self.on.learners > 1 and not self._fitted(n): return      # the learners come first
         began, ray = time.perf_counter(), _ray()
         kind = ray.remote(**self.on.needs, max_restarts=self.on.retries, max_task_retries=self.on.retries)(_Actor)
-        self.actors = [kind.remote(getattr(self.dir, "url", self.dir.path.resolve()), self.cfg, self._reward, self.make) for _ in range(self.on.room())]
+        self.actors = [kind.remote(*self._given) for _ in range(self.on.room())]
         model = self._ask(ray.get, self.actors[0].do.remote("describe"))
         self.dir.log(iteration=n, phase="load", seconds=round(time.perf_counter() - began, 3), model_seconds=0., model=model, engines=len(self.actors))
 
@@ -169,7 +211,7 @@ class Sharded(STaSC):
         errors = _ray().exceptions
         try: return get(*args)
         except errors.RayTaskError as e: raise (e.cause if isinstance(e.cause, StascError) else e) from None
-        except errors.RayActorError as e:
+        except (errors.RayActorError, errors.WorkerCrashedError) as e:
             raise SampleError(f"an engine's process or machine died more than {self.on.retries} times ({type(e).__name__}); did it run out of memory? What was drawn stays: resume the run, with more retries where machines come and go") from None
 
     def _parts(self, n, phase, questions):
@@ -190,13 +232,22 @@ class Sharded(STaSC):
         return iter(())
 
     def _fit(self, n):
-        if self.dir.done(f"iter_{n:02d}/{self._kind}") and self.dir.done(f"iter_{n:02d}/kept.parquet"): return True
+        if self._fitted(n): return True
         self._call("on_phase", n, "train", 0, 1)
-        trained, lines, logged = self._ask(_ray().get, self.actors[0].do.remote("fit", n))
+        trained, lines, logged = self._ask(_ray().get, self._begin_fit(n))
+        self.fitting = None
         for entry in lines: self.dir._publish(entry)
         for facts in logged: self.dir.log(**facts)
         self._call("on_phase", n, "train", 1, 1)
+        if trained: self._load(n)
         return trained
+
+    def _begin_fit(self, n):
+        if self.on.learners == 1: return self.actors[0].do.remote("fit", n)
+        self.let_go()                                               # their GPUs are needed
+        task = _ray().remote(num_cpus=0, max_calls=1, max_retries=self.on.retries)(_learn_together)
+        self.fitting = task.remote(self.on, dict(run=self._given, n=n, fsdp=self.on.fsdp))
+        return self.fitting
 
     def _make(self, n):
         try: it = super()._make(n)
@@ -205,6 +256,7 @@ class Sharded(STaSC):
         return it
 
     def let_go(self):
-        "End the actors."
-        actors, self.actors = self.actors, []
+        "End the actors, and a fine-tuning that is under way."
+        actors, self.actors, fitting, self.fitting = self.actors, [], self.fitting, None
         for a in actors: _ray().kill(a)
+        if fitting: _ray().cancel(fitting, force=True)

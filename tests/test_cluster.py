@@ -2,6 +2,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,10 +16,11 @@ from ray.cluster_utils import Cluster
 from test_sweep import BASE, QUESTIONS, Sensitive, ask, swept, tree
 
 from stasc.cluster import Ray, Sharded
-from stasc.core import Config, ConfigError, RewardError, SampleError, all_variants
+from stasc.core import Config, ConfigError, RewardError, SampleError, TrainError, all_variants
 from stasc.data import Data
 from stasc.loop import STaSC
 from stasc.store import part_name
+from stasc.sweep import Sweep
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the tests kill processes by signals")
 
@@ -198,3 +201,155 @@ def test_engine_that_kills_its_process_each_time_stops_the_run_with_a_sentence(c
     run = Sharded(BASE.replace(n_train=11, n_test=7), tmp_path / "run", data=QS, on=Ray(workers=1, cpus=.25, retries=1), engine=Deadly, callbacks=[])
     with pytest.raises(SampleError, match="died more than 1 times"): run.run()
     assert run.actors == [] and sharded(tmp_path / "run").run().n_done == 3
+
+
+# --- fine-tuning by several, which Ray Train starts
+
+REAL = Config.demo(n_train=16, n_test=4, part_size=8, train_batch=4, device="cpu")
+
+
+def trained(run): return [e for e in map(json.loads, (run.dir / "log.jsonl").read_text().splitlines()) if e["phase"] == "train"]
+
+
+@pytest.mark.parametrize("options, fsdp, where", [(dict(), False, "file://{}"), (dict(finetune="full"), True, "{}")], ids=["copies", "pieces"])
+def test_learners_learn_what_one_process_does(cluster, tmp_path, options, fsdp, where):
+    from safetensors.torch import load_file
+    one = STaSC(REAL.replace(iterations=2, **options), tmp_path / "one", callbacks=[]).run()
+    two = Sharded(one.cfg, where.format(tmp_path / "two"), on=Ray(workers=2, cpus=.25, learners=2, fsdp=fsdp), callbacks=[]).run()
+    assert two.n_done == 3 and [e["processes"] for e in trained(two)] == [2, 2]
+    for a, b in zip(trained(one), trained(two)):
+        assert (a["steps"], a["tokens"]) == (b["steps"], b["tokens"]) and [b["first_loss"], b["last_loss"]] == pytest.approx([a["first_loss"], a["last_loss"]], abs=1e-4)
+    for n in (1, 2):
+        a, b = (load_file(next((tmp_path / o / f"iter_{n:02d}" / one._kind).glob("*.safetensors"))) for o in ("one", "two"))
+        assert a.keys() == b.keys() and max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
+    assert two.trajectories.corr_text.tolist() == one.trajectories.corr_text.tolist()
+
+
+def others():
+    "Processes that take part in a fine-tuning of Ray Train, but for this one."
+    names = {p: (p / "cmdline").read_bytes() for p in Path("/proc").iterdir() if p.name.isdigit() and (p / "cmdline").exists()}
+    return [int(p.name) for p, name in names.items() if b"RayTrainWorker" in name and int(p.name) != os.getpid()]
+
+
+def deadly(tmp_path):
+    "Engines whose first fine-tuning loses a follower, and whose second its leader."
+    noted = str(tmp_path / "fits")
+    def make(cfg):
+        from stasc.train import Engine
+        class Deadly(Engine):
+            def train(self, *args):
+                with open(noted, "a") as f: f.write("x")
+                met = os.path.getsize(noted)
+                if met == 1: [os.kill(pid, signal.SIGKILL) for pid in others()]
+                if met == 2: os.kill(os.getpid(), signal.SIGKILL)
+                return super().train(*args)
+        return Deadly(cfg)
+    return make
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are found in /proc")
+def test_fine_tuning_begins_again_where_a_learner_dies(cluster, tmp_path):
+    cfg = REAL.replace(iterations=1)
+    run = Sharded(cfg, tmp_path / "run", on=Ray(workers=1, cpus=.25, learners=2, retries=2), engine=deadly(tmp_path), callbacks=[]).run()
+    assert run.n_done == 2 and (tmp_path / "fits").read_text() == "xxx" and len(trained(run)) == 1
+    waited(lambda: not others())
+    (tmp_path / "fits").unlink()
+    run = Sharded(cfg, tmp_path / "other", on=Ray(workers=1, cpus=.25, learners=2, retries=0), engine=deadly(tmp_path), callbacks=[])
+    with pytest.raises(TrainError, match="takes part in fine-tuning died 1 times"): run.run()
+    assert run.n_done == 1 and run.actors == []
+
+
+def test_mistake_of_the_user_is_not_tried_again(cluster, tmp_path):
+    noted = str(tmp_path / "made")
+    def make(cfg):
+        from stasc.train import Engine
+        with open(noted, "a") as f: f.write("x")
+        class Wrong(Engine):
+            def train(self, *args): raise TrainError("lower the rate")              # its follower waits to be told what to learn
+        return Wrong(cfg)
+    run = Sharded(REAL.replace(iterations=1), tmp_path / "run", on=Ray(workers=1, cpus=.25, learners=2), engine=make, callbacks=[])
+    with pytest.raises(TrainError, match="^lower the rate$"): run.run()
+    assert (tmp_path / "made").read_text() == "xx" and run.n_done == 1              # an engine to draw, and one that was to learn
+
+
+def test_interrupted_fine_tuning_leaves_nobody_at_work(cluster, tmp_path):
+    begun = str(tmp_path / "begun")
+    def make(cfg):
+        from stasc.train import Engine
+        class Waits(Engine):
+            def train(self, *args): Path(begun).touch(); time.sleep(600)
+        return Waits(cfg)
+    run = Sharded(REAL.replace(iterations=1), tmp_path / "run", on=Ray(workers=1, cpus=.25, learners=2), engine=make, callbacks=[])
+    threading.Thread(target=lambda: (waited(Path(begun).exists, 240), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
+    with pytest.raises(KeyboardInterrupt): run.run()
+    waited(lambda: not others())
+    assert run.n_done == 1 and run.fitting is None
+    assert STaSC.open(tmp_path / "run", callbacks=[]).run().n_done == 2
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(learners=0), "learners = 0 is out of range"), (dict(fsdp=True), "needs at least 2 learners"), (dict(learners=2, gpus=.5), "need whole GPUs")])
+def test_what_is_asked_of_learners_is_checked(wrong, said):
+    with pytest.raises(ConfigError, match=said): Ray(**wrong)
+
+
+def test_adapter_is_not_cut_into_pieces(tmp_path):
+    with pytest.raises(ConfigError, match="FSDP is for full fine-tuning"): Sharded(REAL, tmp_path / "run", on=Ray(learners=2, fsdp=True))
+    assert not (tmp_path / "run").exists()
+
+
+# --- the table, and the death of the driver
+
+def test_the_table_says_what_runs_on_the_cluster(cluster, tmp_path, monkeypatch):
+    from test_sweep import rows_of, until
+
+    from stasc.sweep import LiveTable
+    gate, seen = tmp_path / "gate", []
+    def make(cfg):
+        class Gated(Sensitive):
+            def train(self, *args): until(gate.exists); return super().train(*args)
+        return Gated(cfg)
+    def show(self, bundle):
+        seen.append(rows_of(bundle))
+        if [r[1:3] + r[-1:] for r in seen[-1]] == [["running", "M_0 of 1", "M_1 train"]] * 2 + [["waiting", "", ""]]: gate.touch()
+    monkeypatch.setattr("stasc.sweep._in_notebook", lambda: True)
+    monkeypatch.setattr(LiveTable, "every", .01)
+    monkeypatch.setattr(LiveTable, "_show", show)
+    s = swept(dict(seed=[0, 1, 2]), tmp_path / "s", BASE.replace(iterations=1), engine=make, workers=Ray(workers=2, cpus=.5), shown=print)
+    assert gate.exists() and [r[1:3] for r in seen[-1]] == [["complete", "M_1 of 1"]] * 3
+    assert [s.state(n)[0] for n in s.trials] == ["complete"] * 3
+
+
+def driver(cluster, tmp_path, work):
+    "A program that has the cluster do something."
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    (tmp_path / "driver.py").write_text(f"import sys; sys.path[:0] = {paths!r}\nfrom pathlib import Path\nfrom test_cluster import *\n"
+                                        f"ray.init(address={cluster.address!r}, log_to_driver=False, logging_level='error')\ntmp_path = Path({str(tmp_path)!r})\n{work}\n")
+    return subprocess.Popen([sys.executable, tmp_path / "driver.py"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def killed_when(process, found):
+    try: waited(lambda: found() or process.poll() is not None)
+    finally: process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def test_sweep_whose_driver_is_killed_ends_as_the_local_one(cluster, tmp_path):
+    out, small = tmp_path / "there", BASE.replace(iterations=2)
+    dead = driver(cluster, tmp_path, "swept(dict(seed=range(4)), tmp_path / 'there', BASE.replace(iterations=2), engine=slow(tmp_path), workers=Ray(workers=2))")
+    drawn = lambda: [len(list(out.glob(f"seed={k}/iter_01/initial.train/*.parquet"))) for k in range(4)]
+    killed_when(dead, lambda: sum(map(bool, drawn())) >= 2)
+    assert "open" in [Sweep.open(out).state(f"seed={k}")[0] for k in range(4)]   # the driver died in the middle
+    swept(dict(seed=range(4)), out, small, engine=slow(tmp_path), workers=Ray(workers=2))
+    swept(dict(seed=range(4)), tmp_path / "here", small)
+    assert (out / "table.csv").read_bytes() == (tmp_path / "here/table.csv").read_bytes()
+    assert {k: v for k, v in tree(out).items() if "manifest" not in k} == {k: v for k, v in tree(tmp_path / "here").items() if "manifest" not in k}
+
+
+def test_run_whose_driver_is_killed_ends_as_the_run_of_one_process(cluster, tmp_path):
+    dead = driver(cluster, tmp_path, "sharded(tmp_path / 'run', 2, slow(tmp_path)).run()")
+    drawn = lambda: (tmp_path / "run/manifest.jsonl").exists() and (tmp_path / "run/manifest.jsonl").read_text().count("iter_01/corrections.train")
+    killed_when(dead, lambda: drawn() and 1 <= drawn())
+    assert 1 <= drawn() < 6 and STaSC.open(tmp_path / "run", callbacks=[]).n_done == 1      # in the middle of a phase of six parts
+    run = sharded(tmp_path / "run", 2, slow(tmp_path)).run()
+    STaSC(BASE.replace(n_train=11, n_test=7), tmp_path / "alone", data=QS, engine=Sensitive(), callbacks=[]).run()
+    assert run.n_done == 3 and unsorted(tmp_path / "run") == unsorted(tmp_path / "alone") and manifest(tmp_path / "run") == manifest(tmp_path / "alone")

@@ -232,6 +232,21 @@ def test_one_display_in_a_kernel(tmp_path):
     assert nb.cells[1].outputs == nb.cells[5].outputs
 
 
+def test_a_sweep_is_one_table_in_a_kernel(tmp_path):
+    pytest.importorskip("nbclient")
+    setup = "from test_sweep import BASE, LiveTable, QUESTIONS, Moody, sweep; LiveTable.every = .02"
+    nb, messages = execute(1, [setup, "s = sweep(dict(seed=[0, 1]), Path(tmp.name)/'s', BASE, data=QUESTIONS, engine=Moody)",
+                               "s = sweep(None, Path(tmp.name)/'s', data=QUESTIONS, engine=Moody, live=False)"])
+    mine = [(kind, content) for index, kind, content in messages if index == 2]
+    assert mine[0][0] == "display_data" and len(mine) > 3 and {kind for kind, _ in mine[1:]} == {"update_display_data"}     # no lines, no bars
+    assert len({content["transient"]["display_id"] for _, content in mine}) == 1
+    assert any("running" in content["data"]["text/plain"] for _, content in mine[1:-1])
+    (output,) = nb.cells[2].outputs
+    assert output.data["text/plain"].splitlines()[0] == "Sweep of 2 trials: 1 complete, 1 failed" and "<progress" not in output.data["text/html"]
+    assert "RuntimeError: the loss is not a number" in output.data["text/html"]
+    assert "1 of 2 trials were done before" in "".join(o.get("text", "") for o in nb.cells[3].outputs)
+
+
 # --- time left
 
 class World:

@@ -6,7 +6,10 @@ import random
 import re
 import shutil
 import signal
+import time
 import warnings
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from stasc.core import Config, ConfigError, Question, StoreError
 from stasc.data import Data
 from stasc.loop import STaSC
-from stasc.sweep import Sweep, Trial, recipe, sweep, trial_name, trials_of
+from stasc.sweep import LiveTable, Sweep, Trial, recipe, sweep, trial_name, trials_of
 from stasc.train import ScriptedEngine
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL and no fork")
@@ -302,6 +305,173 @@ def test_one_sweep_at_a_time(tmp_path):
             return super().train(*args)
     swept(dict(seed=0), tmp_path / "s", BASE.replace(iterations=1), engine=Nosy)
     assert said and "under way in another process" in said[0]
+
+
+# --- the table in a notebook
+
+@pytest.fixture
+def tables(monkeypatch):
+    "What a notebook would show of sweeps, kept in a list."
+    seen = []
+    monkeypatch.setattr("stasc.sweep._in_notebook", lambda: True)
+    monkeypatch.setattr(LiveTable, "every", .01)
+    monkeypatch.setattr(LiveTable, "_show", lambda self, bundle: seen.append(bundle))
+    return seen
+
+
+def rows_of(bundle):
+    "The cells of a table as a notebook shows it; nothing in it but what a table is made of."
+    class Cells(HTMLParser):
+        rows, tags = [], set()
+        def handle_starttag(self, tag, attrs):
+            self.tags.add((tag, *(k for k, _ in attrs)))
+            if tag == "tr": self.rows.append([])
+            if tag in ("th", "td"): self.rows[-1].append("")
+        def handle_data(self, text):
+            if self.rows and self.rows[-1]: self.rows[-1][-1] += text.replace("\xa0", " ")
+    cells = Cells()
+    cells.rows, cells.tags = [], set()
+    cells.feed(re.split("</table>", bundle["text/html"])[0])
+    assert {t[0] for t in cells.tags} <= {"div", "progress", "table", "tr", "th", "td"} and {a for t in cells.tags for a in t[1:]} <= {"style", "aria-label", "max", "value"}
+    return cells.rows[1:]
+
+
+def until(found, seconds=60):
+    "Wait for something; another process, or another thread, is at it."
+    end = time.monotonic() + seconds
+    while not found() and time.monotonic() < end: time.sleep(.005)
+    assert found()
+
+
+def test_the_table_says_what_runs_here(tmp_path, tables, capsys):
+    halfway = [["0", "complete", "M_1 of 1", ""], ["1", "running", "M_0 of 1", "M_1 train"], ["2", "waiting", "", ""]]
+
+    class Waits(Sensitive):
+        def train(self, examples, start, out, cfg, seed):
+            if cfg.seed == 1: until(lambda: [[*r[:3], r[-1].partition(" 0/")[0]] for r in rows_of(tables[-1])] == halfway)
+            return super().train(examples, start, out, cfg, seed)
+    s = sweep(dict(seed=[0, 1, 2]), tmp_path / "s", BASE.replace(iterations=1), data=QUESTIONS, engine=Waits)
+    assert capsys.readouterr().out == ""
+    assert [r[1:] for r in rows_of(tables[0])] == [["waiting", "", "", ""]] * 3
+    assert rows_of(tables[-1]) == [[str(k), "complete", "M_1 of 1", *(f"{s.metrics_of(f'seed={k}')[c].iloc[-1]:.3f}" for c in ("test_acc_t1", "test_acc_t2"))] for k in range(3)]
+    assert "<progress" not in tables[-1]["text/html"] and " left" not in tables[-1]["text/plain"] and str(tmp_path) not in str(tables)
+    assert tables[-1]["text/plain"].splitlines()[0] == "Sweep of 3 trials: 3 complete"
+    n = len(tables)
+    swept(None, tmp_path / "s", shown=print)                                    # nothing is left to do: the same table
+    assert tables[n:] and all(rows_of(b) == rows_of(tables[n - 1]) for b in tables[n:]) and tables[-1] == tables[n - 1]
+
+
+class Gated(Sensitive):
+    "Trains when it may: once there is a file."
+    def train(self, examples, start, out, cfg, seed):
+        until(Path(os.environ["GATE"]).exists)
+        return super().train(examples, start, out, cfg, seed)
+
+
+def test_the_table_says_what_runs_in_other_processes(tmp_path, tables, monkeypatch):
+    monkeypatch.setenv("GATE", str(gate := tmp_path / "gate"))
+
+    def show(self, bundle):
+        tables.append(bundle)
+        state = [r[1:3] + r[-1:] for r in rows_of(bundle)]
+        if state == [["running", "M_0 of 1", "M_1 train"]] * 2 + [["waiting", "", ""]]: gate.touch()
+    monkeypatch.setattr(LiveTable, "_show", show)
+    s = swept(dict(seed=[0, 1, 2]), tmp_path / "s", BASE.replace(iterations=1), engine=Gated, workers=2, shown=print)
+    assert [s.state(n)[0] for n in s.trials] == ["complete"] * 3 and [r[1] for r in rows_of(tables[-1])] == ["complete"] * 3
+    assert any([r[1] for r in rows_of(b)][:2] == ["running"] * 2 for b in tables)
+
+
+HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)> &lt;b&gt; \x1b[31m\u202e$x$"
+
+
+def test_hostile_sentences_and_options_stay_words(tmp_path, tables):
+    class Rude(Sensitive):
+        def train(self, *args): raise RuntimeError(HOSTILE)
+    swept(dict(model=["<script>alert(3)</script>", "b"]), tmp_path / "s", engine=Rude, shown=print)
+    for b in tables: rows_of(b)
+    table = rows_of(tables[-1])
+    assert [r[0] for r in table] == ["<script>alert(3)</script>", "b"] and [r[1] for r in table] == ["failed"] * 2
+    for r in table: assert "<script>alert(1)</script><img src=x onerror=alert(2)> &lt;b&gt;" in r[-1] and "\x1b" not in r[-1] and "\u202e" not in r[-1]
+    for f in (tmp_path / "s/errors").iterdir(): f.write_text(f"one\n{HOSTILE}", encoding="utf-8")
+    table = LiveTable(s := Sweep.open(tmp_path / "s"), [])
+    assert len(rows_of(table._bundle())) == 2 and len(table._bundle()["text/plain"].splitlines()) == 2 + len(s.trials)
+    assert "\x1b" not in table._bundle()["text/plain"]
+
+
+def test_what_failed_before_waits_and_runs_again(tmp_path, tables):
+    swept(dict(seed=[0, 1]), tmp_path / "s", engine=Moody, shown=None)
+    assert tables == []                                                         # None shows nothing
+
+    class Waits(Sensitive):
+        def train(self, examples, start, out, cfg, seed): until(lambda: [r[1] for r in rows_of(tables[-1])] == ["complete", "running"]); return super().train(examples, start, out, cfg, seed)
+    swept(None, tmp_path / "s", engine=Waits, shown=print)
+    assert [r[1] for r in rows_of(tables[0])] == ["complete", "waiting"] and rows_of(tables[0])[1][2] == "M_0 of 2"
+    assert not any("failed" in str(b) for b in tables)
+
+
+def test_an_interruption_keeps_the_table(tmp_path, tables):
+    class Tired(Sensitive):
+        def train(self, examples, start, out, cfg, seed):
+            if cfg.seed == 1: raise KeyboardInterrupt
+            return super().train(examples, start, out, cfg, seed)
+    with pytest.raises(KeyboardInterrupt): swept(dict(seed=[0, 1, 2]), tmp_path / "s", engine=Tired, shown=print)
+    last = tables[-1]
+    assert [r[1:3] for r in rows_of(last)] == [["complete", "M_2 of 2"], ["interrupted", "M_0 of 2"], ["waiting", ""]] and "progress" not in last["text/html"]
+    time.sleep(.05)
+    assert tables[-1] is last                                                   # nothing follows the end
+
+
+def test_who_gets_lines_and_who_a_table(tmp_path, tables, capsys, monkeypatch):
+    lines = []
+    def one(name, **kw): return swept(dict(seed=0), tmp_path / name, BASE.replace(iterations=1), **kw)
+    one("a", shown=lines.append)                     # whoever wants lines gets them
+    one("b", shown=print, live=False)
+    assert tables == [] and capsys.readouterr().out == lines[0] + "\n"
+    one("c", shown=None, live=True)
+    assert tables == []
+    one("d", shown=lines.append, live=True)
+    assert tables and len(lines) == 2
+    n = len(tables)
+    monkeypatch.setattr("stasc.sweep._in_notebook", lambda: False)              # a terminal
+    one("e", shown=print)
+    assert capsys.readouterr().out == lines[0] + "\n" and len(tables) == n
+    one("f", shown=print, live=True)
+    assert capsys.readouterr().out == tables[-1]["text/plain"] + "\n" and len(tables) == n
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(["complete", "failed", "running", "waiting"]), min_size=1, max_size=120), st.randoms(use_true_random=False))
+def test_a_large_table_shows_what_one_looks_for_and_counts_the_rest(states, rng):
+    s = Sweep("nowhere", trials_of(dict(seed=range(len(states))), BASE))
+    names = list(s.trials)
+    ends = [n for n, state in zip(names, states) if state in ("complete", "failed")]
+    orders, bundles = [ends, rng.sample(ends, len(ends))], []
+    for done in (False, True):
+        for order in orders:
+            table = LiveTable(s, names)
+            for n in order: table.add(f"{n}: it is over")
+            table._row = lambda n: dict(state=states[names.index(n)], model="", acc_t1="", acc_t2="", note="")
+            table.done = done
+            shown = rows_of(bundle := table._bundle())
+            bundles.append(bundle)
+            told = {state: sum(int(k) for k in re.findall(rf"(\d+) {state}", bundle["text/plain"].splitlines()[0])) for state in ("complete", "failed", "running", "interrupted", "waiting")}
+            now = ["interrupted" if done and x == "running" else x for x in states]
+            assert told == {state: now.count(state) for state in told}
+            if len(states) <= 40: assert [r[1] for r in shown] == now and "more:" not in bundle["text/plain"]
+            if len(states) > 1: assert [int(r[0]) for r in shown] == sorted(int(r[0]) for r in shown)
+            if len(states) > 40:
+                assert len(shown) == 40 and f"and {len(states) - 40} more: " in bundle["text/html"].split("</table>")[1]
+                seen = {names[int(r[0])] for r in shown}
+                look_for = [n for n, x in zip(names, now) if x in ("failed", "running", "interrupted")]
+                if len(look_for) <= 40 and now.count("failed") <= 20: assert set(look_for) <= seen
+                if not done and len(look_for) < 20: assert set([n for n in order if states[names.index(n)] == "complete"][-(40 - len(look_for)):]) <= seen
+    assert bundles[2] == bundles[3]                                             # the end does not depend on who ended first
+
+
+def test_a_table_that_cannot_be_shown_stops_no_sweep(tmp_path, tables, monkeypatch):
+    def broken(self, bundle): raise RuntimeError("the connection is lost")
+    monkeypatch.setattr(LiveTable, "_show", broken)
+    assert swept(dict(seed=[0, 1]), tmp_path / "s", shown=print).summary().n_seeds.tolist() == [2]
 
 
 # --- over the seeds
