@@ -58,7 +58,7 @@ $(VLLM_STAMP): setup.py settings.ini pyproject.toml constraints-vllm.txt
 
 test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm: export STASC_VLLM = required
-test-vllm: $(VLLM_STAMP) ## the vLLM sampler on vLLM's CPU build, in .venv-vllm
+test-vllm: $(VLLM_STAMP) ## the vLLM sampler on vLLM's CPU build, in one process and in Ray's actors, in .venv-vllm
 	$(VLLM_BIN)/python -m pytest tests/vllm
 
 $(FLOORS_STAMP): setup.py settings.ini pyproject.toml constraints-floors.txt

@@ -13,6 +13,7 @@ from .core import PERMISSIONS, Config, ConfigError, SampleError, StascError, Tra
 from .distributed import FSDP, check_fsdp, team
 from .loop import STaSC
 from .remote import run_dir
+from .sample_vllm import Killed
 from .store import RunDir, part_name
 from .sweep import Engines, Sweep
 from .train import _LOST, Engine
@@ -147,7 +148,9 @@ def _part_run(path, cfg, reward, engine, **options):
 class _Actor:
     "What Ray keeps alive: it is made anew, engine and all, where its process or machine dies."
     def __init__(self, *args): self.run = _part_run(*args)
-    def do(self, what, *args): return getattr(self.run, what)(*args)
+    def do(self, what, *args):
+        try: return getattr(self.run, what)(*args)
+        except Killed: return getattr(self.run, what)(*args)        # vLLM is a process of its own, which starts again
 
 # %% ../nbs/14d_cluster.ipynb #88be2136
 def _learn(given):
@@ -186,6 +189,7 @@ class Sharded(STaSC):
                  engine=Engine,         # function of a `Config` that gives an engine
                  **kw):                 # as for `STaSC`
         super().__init__(*args, **kw)
+        if self.cfg.sampler == "vllm" and 0 < on.gpus < 1: raise ConfigError(f"Ray: gpus = {on.gpus:g} with sampler = 'vllm': vLLM fills a GPU; give each engine one of its own, or use sampler = 'hf'")
         if on.fsdp: check_fsdp(self.cfg)
         self.on, self.make, self.actors, self.fitting = on, engine, [], None
 
