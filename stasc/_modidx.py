@@ -64,6 +64,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/stasc', 'doc_host': '', 'g
                            'stasc.cli.main': ('cli.html#main', 'stasc/cli.py')},
             'stasc.cluster': { 'stasc.cluster.Ray': ('cluster.html#ray', 'stasc/cluster.py'),
                                'stasc.cluster.Ray.__post_init__': ('cluster.html#ray.__post_init__', 'stasc/cluster.py'),
+                               'stasc.cluster.Ray._fit': ('cluster.html#ray._fit', 'stasc/cluster.py'),
                                'stasc.cluster.Ray.needs': ('cluster.html#ray.needs', 'stasc/cluster.py'),
                                'stasc.cluster.Ray.room': ('cluster.html#ray.room', 'stasc/cluster.py'),
                                'stasc.cluster.Sharded': ('cluster.html#sharded', 'stasc/cluster.py'),

@@ -9,7 +9,7 @@ __all__ = ['Ray', 'Sharded']
 import os, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
-from .core import PERMISSIONS, Config, ConfigError, SampleError, StascError, TrainError
+from .core import PERMISSIONS, Config, ConfigError, SampleError, StascError, TrainError, warn
 from .distributed import FSDP, check_fsdp, team
 from .loop import STaSC
 from .remote import run_dir
@@ -46,12 +46,18 @@ class Ray:
     @property
     def needs(self): return dict(num_cpus=self.cpus, num_gpus=self.gpus)
 
-    def room(self) -> int:
-        "How many workers there is room for on the cluster as it stands."
-        there = _ray().cluster_resources()
-        fits = min(there.get(k, 0) // n for k, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n)
-        if not (fits or self.workers): raise ConfigError(f"Ray: no machine of the cluster has {self.cpus:g} CPUs and {self.gpus:g} GPUs for a worker; ask for less")
-        return int(self.workers or fits)
+    def _fit(self, there):
+        "How many a machine has room for; a process that takes a part of a GPU takes it of one."
+        whole = lambda has, of: int(has / of + 1e-6)
+        cpus, gpus = (there.get(k, 0) for k in ("CPU", "GPU"))
+        return min(whole(cpus, self.cpus), whole(gpus, self.gpus) if self.gpus >= 1 else int(gpus) * whole(1, self.gpus) if self.gpus else 10**9)
+
+    def room(self, asked: int|None = None) -> int:      # default: workers
+        "How many processes are started: as many as are asked for, even where the cluster has yet to grow, else as many as it has room for."
+        asked, fits = asked or self.workers, sum(self._fit(m["Resources"]) for m in _ray().nodes() if m["Alive"])
+        if not (fits or asked): raise ConfigError(f"Ray: no machine of the cluster has {self.cpus:g} CPUs and {self.gpus:g} GPUs for a worker; ask for less")
+        if fits < (asked or 0): warn(f"Ray: {asked} processes with {self.cpus:g} CPUs and {self.gpus:g} GPUs each are asked for, and the cluster has room for {fits}; unless it grows, the others wait for ever")
+        return asked or fits
 
 # %% ../nbs/14d_cluster.ipynb #7c0f3220
 _here = {}
@@ -245,6 +251,7 @@ class Sharded(STaSC):
     def _begin_fit(self, n):
         if self.on.learners == 1: return self.actors[0].do.remote("fit", n)
         self.let_go()                                               # their GPUs are needed
+        self.on.room(self.on.learners)
         task = _ray().remote(num_cpus=0, max_calls=1, max_retries=self.on.retries)(_learn_together)
         self.fitting = task.remote(self.on, dict(run=self._given, n=n, fsdp=self.on.fsdp))
         return self.fitting

@@ -95,6 +95,12 @@ def test_what_ray_is_asked_for_is_checked(wrong):
 
 def test_more_than_the_cluster_has_is_refused(cluster, tmp_path):
     with pytest.raises(ConfigError, match="no machine of the cluster has 1 CPUs and 3 GPUs"): Ray(gpus=3).room()
+    with pytest.warns(UserWarning, match="^Ray: 3 processes with 1 CPUs and 0 GPUs each are asked for, and the cluster has room for 2; unless it grows"): assert Ray(workers=3).room() == 3
+    assert Ray().room() == Ray(cpus=.5).room(4) // 2 == 2
+
+
+@pytest.mark.parametrize("needs, fit", [(dict(), 16), (dict(cpus=3), 5), (dict(gpus=1), 4), (dict(gpus=.1), 16), (dict(gpus=.3), 12), (dict(gpus=.6), 4), (dict(gpus=2), 2), (dict(gpus=3), 1), (dict(gpus=5), 0), (dict(cpus=.1), 160)])
+def test_how_many_a_machine_has_room_for(needs, fit): assert Ray(**needs)._fit(dict(CPU=16., GPU=4.)) == fit
 
 
 def test_trial_that_kills_its_process_each_time_fails_and_the_others_do_not(cluster, tmp_path):
