@@ -424,16 +424,16 @@ def _fit(self, n) -> bool:      # False where nothing was kept
     began = time.perf_counter()
     kept, examples = [], []
     for t in self._by_part(n - 1, "train", self.cfg.pairing, token_ids=True):                      # of a part's texts and ids only what is learned stays
-        kept += t.loc[t.kept, _KEPT].to_dict("records")
+        kept.append(t.loc[t.kept, _KEPT])
         examples += self._examples(t[t.kept])
-    if not self.dir.done(kept_name): self.dir.write(kept_name, kept, "kept")
-    if not kept: return False
-    self._call("on_phase", n, "train", 0, len(kept))
+    if not self.dir.done(kept_name): self.dir.write(kept_name, pd.concat(kept), "kept")
+    if not examples: return False
+    self._call("on_phase", n, "train", 0, len(examples))
     start = self._start(n) if self.variant.evolving_finetune else None
     with self.dir.folder(name) as out: report = self.engine.train(examples, start, out, self.cfg, derive_seed(self.cfg.seed, n, "train") % 2**31)
     report["model_seconds"] = round(report.pop("seconds"), 3)
     self.dir.log(iteration=n, phase="train", seconds=round(time.perf_counter() - began, 3), **report)
-    self._call("on_phase", n, "train", len(kept), len(kept))
+    self._call("on_phase", n, "train", len(examples), len(examples))
     return True
 
 def _start(self, n):

@@ -68,11 +68,14 @@ def columns(kind: str) -> list[str]:    # "initial", "corrections" or "kept"
     return _schema(kind).names
 
 # %% ../nbs/08_store.ipynb #27403071
-def write_table(path: Path, rows: list[dict], kind: str):
+def write_table(path: Path,
+                rows,                   # list of dicts; or a DataFrame, where they are too many for that and hold no text of a model
+                kind: str):
     "Write rows as one Parquet file, whole or not at all."
     import pyarrow as pa, pyarrow.parquet as pq
-    rows = [{k: whole_characters(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
-    with whole(path) as tmp: pq.write_table(pa.Table.from_pylist(rows, schema=_schema(kind)), tmp, compression="zstd")
+    if isinstance(rows, list): table = pa.Table.from_pylist([{k: whole_characters(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows], schema=_schema(kind))
+    else: table = pa.Table.from_pandas(rows, schema=_schema(kind), preserve_index=False).replace_schema_metadata(None)
+    with whole(path) as tmp: pq.write_table(table, tmp, compression="zstd")
 
 def read_tables(paths: list[Path], kind: str,
                 token_ids: bool = True,     # they are the larger part of a table, and few need them
@@ -268,7 +271,7 @@ def _verified(self, name):
 RunDir._record, RunDir._publish, RunDir.done, RunDir.astray, RunDir.verified = _record, _publish, _done, _astray, _verified
 
 # %% ../nbs/08_store.ipynb #e2c968d0
-def _write(self, name: str, rows: list[dict], kind: str, **facts):
+def _write(self, name: str, rows, kind: str, **facts):
     "Store rows as one Parquet file; facts go into the manifest."
     write_table(self/name, rows, kind)
     self._record(name, rows=len(rows), **facts)
