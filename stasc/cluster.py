@@ -108,23 +108,17 @@ def _noting(d: RunDir):
 class _Part(STaSC):
     "A run of which one part is drawn, or one model trained."
     def _parts(self, n, phase, questions):
-        if any(name not in self.dir.manifest for name in self._reads(n, phase)): self.dir.refresh()
         size = self.cfg.part_size
         self.engine.use(self._model_folder(n))
         self._where, self._bad, self._sampling = f"M_{n}, {phase}", [], 0.
         yield self.part, questions[self.part * size:(self.part + 1) * size]
 
-    def _reads(self, n, phase):
-        "What a part is drawn with."
-        if n: yield f"iter_{n:02d}/{self._kind}"
-        kind, _, split = phase.partition(".")
-        if kind == "corrections": yield part_name(n if self.variant.evolving_init else 0, f"initial.{split}", self.part)
-
     def _store(self, *args): self._warn(); self.dir.write(*args, **dict(bad=len(self._bad)) if self._bad else {})
 
-    def draw(self, n, phase, part):
-        "Draw a part; its line for the manifest and the seconds that the model took."
+    def draw(self, n, phase, part, known):
+        "Draw a part from what is known; its line for the manifest and the seconds that the model took."
         self.part, self.dir.lines = part, []
+        self.dir.know(known)
         questions, count = _asked(self, phase)
         (self._draw_corrections if phase.startswith("corrections") else self._draw_initial)(n, phase, questions, count)
         return self.dir.lines[0], self._sampling
@@ -143,6 +137,12 @@ def _asked(run, phase):
     c, kind, split = run.cfg, *phase.split(".")
     counts = (c.n_init, c.n_corr) if split == "train" else (c.n_test_init, c.n_test_corr)
     return getattr(run.data, split), counts[kind == "corrections"]
+
+def _known(run, n, phase, part):
+    "Lines of the manifest for what a part is drawn with."
+    kind, _, split = phase.partition(".")
+    names = [f"iter_{n:02d}/{run._kind}"] * bool(n) + [part_name(n if run.variant.evolving_init else 0, f"initial.{split}", part)] * (kind == "corrections")
+    return [run.dir.manifest[name] for name in names]
 
 def _part_run(path, cfg, reward, engine, **options):
     "What an actor holds."
@@ -227,7 +227,7 @@ class Sharded(STaSC):
         left = [p for p in range(-(-len(questions) // size)) if not self.dir.done(part_name(n, phase, p))]
         pool, drawn = ActorPool(self.actors), len(questions) - sum(len(questions[p * size:(p + 1) * size]) for p in left)
         if left: self._call("on_phase", n, phase, drawn, len(questions))
-        for p in left: pool.submit(lambda actor, p: actor.do.remote("draw", n, phase, p), p)
+        for p in left: pool.submit(lambda actor, p: actor.do.remote("draw", n, phase, p, _known(self, n, phase, p)), p)
         while pool.has_next():
             entry, seconds = self._ask(pool.get_next_unordered)
             self.dir._publish(entry)

@@ -34,6 +34,10 @@ class RemoteDir(RunDir):
 
     def refresh(self): self._look(self.path); RunDir.refresh(self)
 
+    def know(self, entries):
+        RunDir.know(self, entries)
+        for e in entries: self._stands(e["name"])
+
     def _at(self, name): return f"{self.root}/{name}"
 
     def _look(self, path):

@@ -324,4 +324,10 @@ def _disk_use(self) -> int:         # bytes
     return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
 RunDir.part_names, RunDir.table, RunDir.drop, RunDir.disk_use = _part_names, _table, _drop, _disk_use
+
+def _know(self, entries: list[dict]):
+    "Take up lines of the manifest that another process has published."
+    self.manifest |= {e["name"]: e for e in entries}
+
+RunDir.know = _know
 RunDir.refresh = lambda self: self._read_manifest()                 # another process may have gone on since

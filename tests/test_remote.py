@@ -98,6 +98,18 @@ def test_only_what_is_asked_for_is_fetched(tmp_path):
     assert [os.path.basename(p) for what, p in Bucket.calls if what == "get" and p.endswith(".parquet")] == ["part-00000.parquet"]
 
 
+def test_engine_elsewhere_is_told_what_it_reads_and_lists_nothing(tmp_path, monkeypatch):
+    from stasc.cluster import _known, _part_run
+    run = scripted(at(tmp_path / "run"))
+    with run._writing():
+        one, two = (_part_run(run.dir.url, run.cfg, None, lambda cfg: scripted(at(tmp_path / "run")).engine) for _ in range(2))
+        run.dir._publish(one.draw(0, "initial.train", 0, [])[0])
+        monkeypatch.setattr(RemoteDir, "_look", lambda *_: pytest.fail("an engine read the whole manifest"))
+        entry, _ = two.draw(0, "corrections.train", 0, _known(run, 0, "corrections.train", 0))
+    assert entry["name"] == "iter_00/corrections.train/part-00000.parquet" and (tmp_path / "run" / entry["name"]).exists()
+    assert [Path(p).name for what, p in Bucket.calls if what == "get" and "initial.train" in p] == ["part-00000.parquet"]      # and what it read is what the other made
+
+
 @pytest.mark.parametrize("n", range(0, 60, 7))
 def test_network_that_goes_down_at_any_put(tmp_path, plain, n):
     left = [n]
