@@ -91,7 +91,7 @@ def one(args):
 def memory(args):
     rows = []
     for trajectories in (10_000, 100_000, 1_000_000):
-        n = round(trajectories / 2 / (N_INIT * N_CORR) / 1.05)
+        n = round(trajectories / 2 / (N_INIT * N_CORR + 1 / 20))               # M_0 and M_1; of each held-out question one
         r = json.loads(subprocess.run([sys.executable, __file__, "one", "--n", str(n)], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
         rows.append({"trajectories": f"{r['trajectories']:,}", "questions": f"{n + n // 20:,}", "at the start, MB": f"{r['before'] / 1e6:.0f}", "at most, MB": f"{r['peak'] / 1e6:.0f}", "drawn in, s": f"{r['seconds']:.0f}"})
         print(rows[-1], file=sys.stderr, flush=True)
